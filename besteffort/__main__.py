@@ -1,0 +1,3 @@
+from besteffort.cli import main
+
+main()

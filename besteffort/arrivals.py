@@ -1,0 +1,40 @@
+"""The arrival rate as the router sees it: a running average over the last 5 arrivals (paper, App. B).
+
+Once for a whole trace, for the simulator, and once as arrivals come, for the router; the two agree.
+"""
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_GAPS = 5
+# Real traces hold bursts with equal time stamps, whose rate has no bound; this is as fast as it gets.
+MAX_RATE_PER_S = 10_000.0
+
+
+def arrival_rates_per_s(arrived_at: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The estimate at each arrival, itself included, shape `(N,)` for sorted times `(N,)` in seconds.
+
+    The number of gaps between the last six arrivals over the time they span; fewer at the
+    beginning, and 0 at the very first arrival, when nothing is known.
+    """
+    num_gaps = np.minimum(np.arange(len(arrived_at)), NUM_GAPS)
+    span_s = arrived_at - arrived_at[np.arange(len(arrived_at)) - num_gaps]
+    return num_gaps / np.maximum(span_s, np.maximum(num_gaps, 1) / MAX_RATE_PER_S)
+
+
+class ArrivalRateEstimator:
+    """The same estimate, one arrival at a time."""
+
+    def __init__(self) -> None:
+        self._arrived_at: deque[float] = deque(maxlen=NUM_GAPS + 1)
+
+    def observe(self, arrived_at: float) -> float:
+        """Note an arrival (seconds, not before the last one) and return the rate per second."""
+        self._arrived_at.append(arrived_at)
+        num_gaps = len(self._arrived_at) - 1
+        if num_gaps == 0:
+            return 0.0
+        span_s = arrived_at - self._arrived_at[0]
+        return num_gaps / max(span_s, num_gaps / MAX_RATE_PER_S)

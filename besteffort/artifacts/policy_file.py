@@ -1,0 +1,114 @@
+"""`policy.safetensors`: Q-network weights, and in the metadata all that tells a mismatch."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from besteffort.artifacts import files
+from besteffort.errors import PolicyError
+from besteffort.fleet import Fleet
+from besteffort.observation import Encoding
+from besteffort.q_network import QNetwork
+
+VERSION = 1
+_MEND = "train it for this fleet with `besteffort train FLEET_DIR`, or name another with --policy"
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    network: QNetwork
+    encoding: Encoding
+    facts: Mapping[str, Any]  # provenance: hashes of its inputs, the recipe, the seed, the result
+
+
+def contract(fleet: Fleet) -> dict[str, Any]:
+    """What a policy was trained for; it serves no fleet in which any of this differs."""
+    return {
+        "fleet": fleet.name,
+        "models": list(fleet.model_names),
+        "tasks": list(fleet.task_names),
+        "deadlines_ms_per_token": [task.deadline_ms_per_token for task in fleet.tasks],
+        "deadline_kind": fleet.deadline_kind,
+    }
+
+
+def save_policy(path: Path, policy: TrainedPolicy, fleet: Fleet) -> None:
+    tensors = {}
+    for layer, (weight, bias) in enumerate(
+        zip(policy.network.weights, policy.network.biases, strict=True)
+    ):
+        tensors[f"layers.{layer}.weight"] = weight
+        tensors[f"layers.{layer}.bias"] = bias
+    metadata = {
+        "kind": "besteffort policy",
+        "schema_version": str(VERSION),
+        "contract": json.dumps(contract(fleet)),
+        "encoding": json.dumps(policy.encoding.to_dict()),
+        "provenance": json.dumps(dict(policy.facts)),
+    }
+    files.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_policy(path: Path, fleet: Fleet) -> TrainedPolicy:
+    """Read a policy and check that it was trained for this fleet.
+
+    Raises:
+        PolicyError: it is missing or malformed, of an unknown version, or for another fleet.
+    """
+    metadata, tensors = _read(path)
+    if metadata.get("schema_version") != str(VERSION):
+        raise PolicyError(
+            f"{path}: schema version {metadata.get('schema_version')!r} is unknown; this "
+            f"besteffort reads version {VERSION}; {_MEND}"
+        )
+    try:
+        trained_for = json.loads(metadata["contract"])
+        encoding = Encoding(**json.loads(metadata["encoding"]))
+        facts = json.loads(metadata["provenance"])
+        network = _network(tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PolicyError(f"{path}: damaged: {error}; {_MEND}") from None
+    _check_contract(path, trained_for, contract(fleet))
+    expected = (len(fleet.tasks) + len(fleet.models) + 1, len(fleet.models))
+    if (network.num_inputs, network.num_outputs) != expected:
+        raise PolicyError(
+            f"{path}: its network maps {network.num_inputs} inputs to {network.num_outputs} models, "
+            f"this fleet needs {expected[0]} to {expected[1]}; {_MEND}"
+        )
+    return TrainedPolicy(network, encoding, facts)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    if not path.is_file():
+        raise PolicyError(f"{path}: no such file; {_MEND}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PolicyError(f"{path}: not a safetensors file ({error}); {_MEND}") from None
+    if metadata.get("kind") != "besteffort policy":
+        raise PolicyError(f"{path}: a safetensors file, but not a policy of besteffort; {_MEND}")
+    return metadata, tensors
+
+
+def _network(tensors: Mapping[str, Any]) -> QNetwork:
+    num_layers = len(tensors) // 2
+    return QNetwork(
+        weights=tuple(tensors[f"layers.{layer}.weight"] for layer in range(num_layers)),
+        biases=tuple(tensors[f"layers.{layer}.bias"] for layer in range(num_layers)),
+    )
+
+
+def _check_contract(path: Path, trained_for: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+    for what, value in needed.items():
+        if trained_for.get(what) != value:
+            raise PolicyError(
+                f"{path}: trained for {what} = {trained_for.get(what)}, but this fleet has "
+                f"{value}; {_MEND}"
+            )

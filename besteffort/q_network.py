@@ -1,0 +1,37 @@
+"""The Q-network as the router runs it: a small MLP in numpy, microseconds per decision, no torch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class QNetwork:
+    """An MLP with ReLU between its layers (paper, Sec. 3.2: two hidden layers of 256)."""
+
+    weights: tuple[NDArray[np.float32], ...]  # each (inputs, outputs)
+    biases: tuple[NDArray[np.float32], ...]  # each (outputs,)
+
+    def __post_init__(self) -> None:
+        sizes = [layer.shape for layer in self.weights]
+        chained = all(a[1] == b[0] for a, b in zip(sizes, sizes[1:], strict=False))
+        paired = [bias.shape for bias in self.biases] == [(size[1],) for size in sizes]
+        if not sizes or not chained or not paired:
+            raise ValueError(f"layers do not fit together: weights {sizes}")
+
+    @property
+    def num_inputs(self) -> int:
+        return int(self.weights[0].shape[0])
+
+    @property
+    def num_outputs(self) -> int:
+        return int(self.weights[-1].shape[1])
+
+    def __call__(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Q-values, shape `(N, M)`, for inputs of shape `(N, T + M + 1)`."""
+        hidden = inputs
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            hidden = np.maximum(hidden @ weight + bias, 0.0)
+        q_values: NDArray[np.float32] = hidden @ self.weights[-1] + self.biases[-1]
+        return q_values
