@@ -21,7 +21,7 @@ def arrival_rates_per_s(arrived_at: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     num_gaps = np.minimum(np.arange(len(arrived_at)), NUM_GAPS)
     span_s = arrived_at - arrived_at[np.arange(len(arrived_at)) - num_gaps]
-    return num_gaps / np.maximum(span_s, np.maximum(num_gaps, 1) / MAX_RATE_PER_S)
+    return np.asarray(num_gaps / np.maximum(span_s, np.maximum(num_gaps, 1) / MAX_RATE_PER_S))
 
 
 class ArrivalRateEstimator:

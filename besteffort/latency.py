@@ -147,9 +147,7 @@ def _fit_prefill(
     return base_ms, ms_per_token
 
 
-def _fit_slowdown(
-    samples: list[Sample], alone: Latency, model_names: Sequence[str]
-) -> NDArray[np.float64]:
+def _fit_slowdown(samples: list[Sample], alone: Latency, model_names: Sequence[str]) -> NDArray[np.float64]:
     """Measured where a set of busy models was measured; else the sum of what each adds in a pair."""
     num_models = len(model_names)
     index = {name: m for m, name in enumerate(model_names)}

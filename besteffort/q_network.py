@@ -1,5 +1,6 @@
 """The Q-network as the router runs it: a small MLP in numpy, microseconds per decision, no torch."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ class QNetwork:
 
     def __post_init__(self) -> None:
         sizes = [layer.shape for layer in self.weights]
-        chained = all(a[1] == b[0] for a, b in zip(sizes, sizes[1:], strict=False))
+        chained = all(a[1] == b[0] for a, b in itertools.pairwise(sizes))
         paired = [bias.shape for bias in self.biases] == [(size[1],) for size in sizes]
         if not sizes or not chained or not paired:
             raise ValueError(f"layers do not fit together: weights {sizes}")

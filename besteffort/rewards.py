@@ -21,4 +21,4 @@ class Rewards:
     def relative(self) -> NDArray[np.float64]:
         """`A[t, m] / max_m A[t, m]`: 1.0 for each task's best model; what performance counts."""
         best = self.values.max(axis=1, keepdims=True)
-        return np.divide(self.values, best, out=np.zeros_like(self.values), where=best > 0)
+        return np.asarray(np.divide(self.values, best, out=np.zeros_like(self.values), where=best > 0))

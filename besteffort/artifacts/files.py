@@ -31,8 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UsageError(
-            f"{path}: cannot be written: {error.strerror or error}; "
-            "free space there or choose another place"
+            f"{path}: cannot be written: {error.strerror or error}; free space there or choose another place"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -62,9 +61,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
     }
 
 
-def write_table(
-    path: Path, table: pa.Table, *, kind: str, version: int, facts: Mapping[str, Any]
-) -> None:
+def write_table(path: Path, table: pa.Table, *, kind: str, version: int, facts: Mapping[str, Any]) -> None:
     """Write a Parquet file that says what it is: its kind, schema version and provenance."""
     label = {"kind": kind, "schema_version": version, "provenance": dict(facts)}
     labelled = table.replace_schema_metadata({_KEY: json.dumps(label).encode()})
@@ -105,9 +102,7 @@ def _label(table: pa.Table) -> dict[str, Any]:
     return dict(json.loads(raw)) if raw else {}
 
 
-def _checked(
-    table: pa.Table, schema: pa.Schema, path: Path, error: type[InputError], mend: str
-) -> pa.Table:
+def _checked(table: pa.Table, schema: pa.Schema, path: Path, error: type[InputError], mend: str) -> pa.Table:
     for field in schema:
         if field.name not in table.column_names:
             raise error(f"{path}: the column {field.name!r} is missing; {mend}")

@@ -39,9 +39,7 @@ def contract(fleet: Fleet) -> dict[str, Any]:
 
 def save_policy(path: Path, policy: TrainedPolicy, fleet: Fleet) -> None:
     tensors = {}
-    for layer, (weight, bias) in enumerate(
-        zip(policy.network.weights, policy.network.biases, strict=True)
-    ):
+    for layer, (weight, bias) in enumerate(zip(policy.network.weights, policy.network.biases, strict=True)):
         tensors[f"layers.{layer}.weight"] = weight
         tensors[f"layers.{layer}.bias"] = bias
     metadata = {
@@ -109,6 +107,5 @@ def _check_contract(path: Path, trained_for: Mapping[str, Any], needed: Mapping[
     for what, value in needed.items():
         if trained_for.get(what) != value:
             raise PolicyError(
-                f"{path}: trained for {what} = {trained_for.get(what)}, but this fleet has "
-                f"{value}; {_MEND}"
+                f"{path}: trained for {what} = {trained_for.get(what)}, but this fleet has {value}; {_MEND}"
             )

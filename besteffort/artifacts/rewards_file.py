@@ -56,9 +56,7 @@ def load_rewards(path: Path, fleet: Fleet) -> Rewards:
     Raises:
         RewardsError: the file is missing or malformed, lacks an entry, or one is not in [0, 1].
     """
-    table, _ = files.read_table(
-        path, SCHEMA, kind="rewards", version=VERSION, error=RewardsError, mend=_MEND
-    )
+    table, _ = files.read_table(path, SCHEMA, kind="rewards", version=VERSION, error=RewardsError, mend=_MEND)
     entries = {(row["task"], row["model"]): row for row in table.to_pylist()}
     grid = [[_entry(entries, t.name, (m.name, m.stands_for), path) for m in fleet.models]
             for t in fleet.tasks]  # fmt: skip
@@ -69,8 +67,7 @@ def load_rewards(path: Path, fleet: Fleet) -> Rewards:
         ),
         num_documents=np.array([[row["num_documents"] for row in rows] for rows in grid]),
         metrics=tuple(rows[0]["metric"] for rows in grid),
-        source="measured" if all(r["source"] == "measured" for rows in grid for r in rows)
-        else "given",  # fmt: skip
+        source="measured" if all(r["source"] == "measured" for rows in grid for r in rows) else "given",
     )
 
 
