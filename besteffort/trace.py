@@ -89,6 +89,8 @@ def read_trace(path: Path, fleet: Fleet | None = None) -> Trace:
     Raises:
         TraceError: as for `load_trace`.
     """
+    if path.is_dir():  # Arrow would read every file in it as one table
+        raise TraceError(f"{path}: this is a folder; name one trace in it, or {_MEND}")
     table, facts = files.read_table(path, SCHEMA, kind="trace", version=VERSION, error=TraceError, mend=_MEND)
     if len(table) == 0:
         raise TraceError(f"{path}: it holds no request; {_MEND}")

@@ -207,6 +207,7 @@ def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_trace_at_all_is_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal(lambda: load_trace(tmp_path / "nowhere", FLEET))
+    assert "this is a folder" in refusal(lambda: load_trace(tmp_path, FLEET))
     (tmp_path / "text").write_text("arrived_at,task\n")
     assert "not a readable Parquet file" in refusal(lambda: load_trace(tmp_path / "text", FLEET))
     path = written(tmp_path, num_prompt_tokens=[1.0, 2.5, 3.0])
