@@ -20,7 +20,7 @@ class _Table(BaseModel):
 
 
 class Architecture(_Table):
-    """The shape of an OPT network to be served with random weights: its speed is real, its answers are not."""
+    """The shape of an OPT network served with random weights: its speed is real, its answers are not."""
 
     hidden_size: int = Field(ge=16)
     num_hidden_layers: int = Field(ge=1)

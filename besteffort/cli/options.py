@@ -1,0 +1,52 @@
+"""Arguments and options that several commands share, and what they stand for when left out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from besteffort.errors import UsageError
+
+FleetDir = Annotated[
+    Path, typer.Argument(metavar="FLEET_DIR", help="The fleet, such as artifacts/tiny-opt-cpu.")
+]
+PolicySpec = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        metavar="POLICY",
+        help="A policy file, or static:MODEL, round-robin, random, least-loaded, greedy.",
+    ),
+]
+Engine = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="MODEL=URL",
+        help="Attach to a server that runs already instead of starting one; once per replica.",
+    ),
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option("--profile", metavar="FILE", help="Instead of FLEET_DIR/profile.parquet."),
+]
+Rewards = Annotated[
+    Path | None,
+    typer.Option("--rewards", metavar="FILE", help="Instead of FLEET_DIR/rewards.parquet."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="The same seed, the same result.")]
+
+
+def parse_engines(given: list[str] | None) -> dict[str, list[str]]:
+    """`["m=http://a", "m=http://b"]` as `{"m": ["http://a", "http://b"]}`.
+
+    Raises:
+        UsageError: one is not of the form MODEL=URL.
+    """
+    urls: dict[str, list[str]] = {}
+    for item in given or []:
+        model, equals, url = item.partition("=")
+        if not (equals and model and url.startswith(("http://", "https://"))):
+            raise UsageError(f"--engine {item}: not MODEL=URL, as in opt-3m=http://127.0.0.1:8001")
+        urls.setdefault(model, []).append(url)
+    return urls

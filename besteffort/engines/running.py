@@ -1,0 +1,129 @@
+"""The servers of a whole fleet: started and stopped together, or attached to."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from besteffort.engines.child import Child, free_port
+from besteffort.engines.vllm import start_server
+from besteffort.errors import EngineError, UsageError
+from besteffort.fleet import Fleet, Model
+from besteffort.progress import Progress
+
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One replica that answers: where, and under which name its server knows the model."""
+
+    url: str
+    served_name: str
+
+
+# By model, then by replica.
+Engines = tuple[tuple[Engine, ...], ...]
+Urls = Mapping[str, Sequence[str]]  # of servers that already run, by model name
+
+
+@contextmanager
+def running_engines(fleet: Fleet, fleet_dir: Path, attached: Urls, progress: Progress) -> Iterator[Engines]:
+    """Every replica of the fleet, ready to answer; those started here are stopped at the end.
+
+    Raises:
+        UsageError: `attached` names a model or a number of replicas that the fleet does not have.
+        EngineError: a server died at its start, or did not get ready in time, or does not answer.
+    """
+    urls = _attached_urls(fleet, attached)
+    children: list[tuple[Child, str]] = []
+    try:
+        by_model = []
+        for model in fleet.models:
+            if model.name in urls:
+                by_model.append(urls[model.name])
+                continue
+            started = [_start(fleet, fleet_dir, model, replica) for replica in range(model.replicas)]
+            children += started
+            by_model.append([url for _, url in started])
+        if children:
+            _wait_until_ready(children, fleet.engine.start_timeout_s, progress)
+        yield tuple(tuple(_engine(url) for url in of_model) for of_model in by_model)
+    finally:
+        for child, _ in children:
+            child.ask_to_stop()
+        for child, _ in children:
+            child.stop()
+
+
+def _attached_urls(fleet: Fleet, attached: Urls) -> dict[str, list[str]]:
+    urls = {model.name: list(model.urls) for model in fleet.models if model.urls is not None}
+    for name, given in attached.items():
+        if name not in fleet.model_names:
+            raise UsageError(
+                f"--engine {name}=...: fleet {fleet.name!r} has no model {name!r}; "
+                f"its models are {', '.join(fleet.model_names)}"
+            )
+        replicas = fleet.models[fleet.model_names.index(name)].replicas
+        if len(given) != replicas:
+            raise UsageError(
+                f"--engine {name}=...: given {len(given)} times, but fleet.toml says "
+                f"replicas = {replicas}; give one URL per replica"
+            )
+        urls[name] = list(given)
+    return {name: [url.rstrip("/") for url in of_model] for name, of_model in urls.items()}
+
+
+def _start(fleet: Fleet, fleet_dir: Path, model: Model, replica: int) -> tuple[Child, str]:
+    port = free_port()
+    return start_server(fleet, fleet_dir, model, replica, port), f"http://127.0.0.1:{port}"
+
+
+def _wait_until_ready(children: Sequence[tuple[Child, str]], timeout_s: float, progress: Progress) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    waiting = list(children)
+    with progress.bar(f"Starting {len(children)} vLLM servers", len(children)) as bar:
+        while waiting:
+            for child, url in list(waiting):
+                child.check()
+                if _is_healthy(url):
+                    waiting.remove((child, url))
+                    bar.advance()
+            if waiting and time.monotonic() > give_up_at:
+                child = waiting[0][0]
+                raise EngineError(
+                    f"{child.title} was not ready after {timeout_s:.0f} s (engine.start_timeout_s); "
+                    f"the end of its log, {child.log}:\n{child.log_tail()}"
+                )
+            bar.describe("waiting for " + ", ".join(child.title.split()[-1] for child, _ in waiting))
+            time.sleep(_POLL_S)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:  # noqa: S310
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _engine(url: str) -> Engine:
+    """Ask a server for the name of its model.
+
+    Raises:
+        EngineError: nobody answers there, or not as an OpenAI-compatible server does.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:  # noqa: S310
+            answer: Any = json.loads(response.read())
+        return Engine(url, str(answer["data"][0]["id"]))
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise EngineError(
+            f"{url}: no OpenAI-compatible server answers there ({error}); "
+            "start it, or mend the URL in fleet.toml or --engine"
+        ) from None

@@ -1,0 +1,150 @@
+"""Policies: which model the next request goes to.
+
+A policy sees an `Observation` and nothing else; which replica of the model takes the request is
+not its business.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from besteffort.artifacts.policy_file import TrainedPolicy, load_policy
+from besteffort.artifacts.profile_file import load_latency
+from besteffort.artifacts.rewards_file import load_rewards
+from besteffort.deadline import deadline_weight
+from besteffort.errors import PolicyError
+from besteffort.fleet import Fleet
+from besteffort.latency import Latency
+from besteffort.observation import Observation
+
+BUILT_IN = ("static:MODEL", "round-robin", "random", "least-loaded", "greedy")
+
+
+class Policy(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def choose(self, observation: Observation) -> int:
+        """The index of the model, from the fleet's smallest (0) to its largest."""
+
+
+@dataclass(frozen=True)
+class Static:
+    """One model for everything: the paper's baselines (Sec. 4.1)."""
+
+    model: int
+    name: str
+
+    def choose(self, observation: Observation) -> int:
+        return self.model
+
+
+@dataclass
+class RoundRobin:
+    name: str = "round-robin"
+    _next: int = field(default=-1, init=False)
+
+    def choose(self, observation: Observation) -> int:
+        self._next = (self._next + 1) % len(observation.batch_sizes)
+        return self._next
+
+
+@dataclass(frozen=True)
+class Random:
+    rng: np.random.Generator
+    name: str = "random"
+
+    def choose(self, observation: Observation) -> int:
+        return int(self.rng.integers(len(observation.batch_sizes)))
+
+
+@dataclass(frozen=True)
+class LeastLoaded:
+    """The smallest batch; among equals the largest model."""
+
+    name: str = "least-loaded"
+
+    def choose(self, observation: Observation) -> int:
+        reverse = observation.batch_sizes[::-1]
+        return len(reverse) - 1 - int(np.argmin(reverse))
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The highest `w * A` if all batches stayed as they are; the fastest if no model can make it."""
+
+    latency: Latency
+    relative_rewards: NDArray[np.float64]  # (T, M)
+    fleet: Fleet
+    name: str = "greedy"
+
+    def choose(self, observation: Observation) -> int:
+        task = self.fleet.tasks[observation.task]
+        predicted = self.latency.predicted_ms_per_token(
+            observation.batch_sizes,
+            num_prompt_tokens=round(sum(task.num_prompt_tokens) / 2),
+            num_output_tokens=round(sum(task.num_output_tokens) / 2),
+        )
+        weight = deadline_weight(predicted, task.deadline_ms_per_token, self.fleet.deadline_kind)
+        utility = weight * self.relative_rewards[observation.task]
+        if not utility.any():
+            return int(np.argmin(predicted))
+        return int(np.argmax(utility))
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The highest Q-value (paper, Sec. 3.2)."""
+
+    trained: TrainedPolicy
+    name: str
+
+    def choose(self, observation: Observation) -> int:
+        inputs = self.trained.encoding.encode(
+            np.array([observation.task]),
+            observation.batch_sizes[None, :],
+            np.array([observation.arrival_rate_per_s]),
+        )
+        return int(np.argmax(self.trained.network(inputs)[0]))
+
+
+def load_named_policy(
+    spec: str, fleet: Fleet, *, profile: Path, rewards: Path, rng: np.random.Generator
+) -> Policy:
+    """A policy by its built-in name, or trained, from its file. `greedy` alone reads the two files.
+
+    Raises:
+        PolicyError: no such name and no such file, or a policy for another fleet.
+        ProfileError, RewardsError: what `greedy` needs is missing or of another fleet.
+    """
+    if spec.startswith("static:"):
+        return _static(spec, fleet)
+    simple: dict[str, Callable[[], Policy]] = {
+        "round-robin": RoundRobin,
+        "random": lambda: Random(rng),
+        "least-loaded": LeastLoaded,
+        "greedy": lambda: Greedy(load_latency(profile, fleet), load_rewards(rewards, fleet).relative, fleet),
+    }
+    if spec in simple:
+        return simple[spec]()
+    path = Path(spec)
+    if path.suffix == ".safetensors" or path.exists():
+        return Learned(load_policy(path, fleet), name=path.stem)
+    raise PolicyError(
+        f"--policy {spec}: no built-in policy and no such file; give a .safetensors file "
+        f"or one of {', '.join(BUILT_IN)}"
+    )
+
+
+def _static(spec: str, fleet: Fleet) -> Static:
+    model = spec.removeprefix("static:")
+    if model not in fleet.model_names:
+        raise PolicyError(
+            f"--policy {spec}: fleet {fleet.name!r} has no model {model!r}; "
+            f"its models are {', '.join(fleet.model_names)}"
+        )
+    return Static(fleet.model_names.index(model), spec)
