@@ -35,18 +35,7 @@ class Latency:
         Entry 0 repeats entry 1, so that an idle model has a defined pace.
         """
         wanted = np.maximum(np.arange(max_batch_size + 1), 1)
-        return np.stack([self._interpolate(row, wanted) for row in self.step_ms])
-
-    def _interpolate(
-        self, measured_ms: NDArray[np.float64], wanted: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        inside = np.interp(wanted, self.batch_sizes, measured_ms)
-        if len(self.batch_sizes) == 1:
-            return inside
-        last_run = self.batch_sizes[-1] - self.batch_sizes[-2]
-        slope = max(0.0, (measured_ms[-1] - measured_ms[-2]) / last_run)
-        beyond = np.maximum(wanted - self.batch_sizes[-1], 0)
-        return np.asarray(inside + slope * beyond)
+        return np.stack([_interpolate(wanted, self.batch_sizes, row) for row in self.step_ms])
 
     def prefill_ms(self, num_prompt_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         """Prefill time alone on the device, shape `(M, N)` for lengths `(N,)`."""
@@ -75,6 +64,17 @@ class Latency:
         prefill_ms = self.prefill_base_ms + self.prefill_ms_per_token * num_prompt_tokens
         decode_ms = self._steps_ms[models, in_flight] * (num_output_tokens - 1)
         return np.asarray(slow * (prefill_ms + decode_ms) / num_output_tokens)
+
+
+def _interpolate(
+    wanted: NDArray[np.int64], batch_sizes: NDArray[np.int64], measured_ms: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Linear between measured batch sizes, and past the last one on with the last slope."""
+    inside = np.interp(wanted, batch_sizes, measured_ms)
+    if len(batch_sizes) == 1:
+        return np.asarray(inside)
+    slope = max(0.0, (measured_ms[-1] - measured_ms[-2]) / (batch_sizes[-1] - batch_sizes[-2]))
+    return np.asarray(inside + slope * np.maximum(wanted - batch_sizes[-1], 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +121,14 @@ def _fit_steps(
     batch_sizes = np.array(sorted({sample.batch_size for sample in samples}), dtype=np.int64)
     rows = []
     for name in model_names:
-        measured = sorted((s.batch_size, s.mean_ms) for s in samples if s.model == name)
+        measured = [(s.batch_size, s.mean_ms) for s in samples if s.model == name]
         if not measured:
             raise ValueError(f"no decode samples of model {name!r}")
-        sizes, means = zip(*measured, strict=True)
+        sizes = np.array(sorted({size for size, _ in measured}), dtype=np.int64)
+        means = [np.mean([ms for size, ms in measured if size == wanted]) for wanted in sizes]
         # A larger batch is never faster: what falls is noise, and would make waiting look free.
-        rows.append(np.interp(batch_sizes, sizes, np.maximum.accumulate(means)))
+        # So would a flat end where another model was measured at larger batches than this one.
+        rows.append(_interpolate(batch_sizes, sizes, np.maximum.accumulate(means)))
     return batch_sizes, np.array(rows)
 
 
@@ -152,11 +154,13 @@ def _fit_slowdown(samples: list[Sample], alone: Latency, model_names: Sequence[s
     num_models = len(model_names)
     index = {name: m for m, name in enumerate(model_names)}
     steps_ms = alone.step_table_ms(max([1, *(s.batch_size for s in samples)]))
-    measured: dict[tuple[int, int], float] = {}
+    ratios: dict[tuple[int, int], list[float]] = {}
     for sample in samples:
         model = index[sample.model]
         others = sum(1 << index[name] for name in sample.busy_models)
-        measured[model, others] = max(1.0, sample.mean_ms / steps_ms[model, sample.batch_size])
+        ratio = sample.mean_ms / steps_ms[model, sample.batch_size]
+        ratios.setdefault((model, others), []).append(ratio)
+    measured = {key: max(1.0, float(np.mean(values))) for key, values in ratios.items()}
     slowdown = np.ones((num_models, 2**num_models))
     for model in range(num_models):
         for busy in range(2**num_models):

@@ -1,0 +1,386 @@
+"""The event loop in numba: arrays of records, no Python objects, O(log) per event.
+
+All compiled code lives in this one file, because numba's cache notices a change only in the file
+of the function that Python calls.
+
+Time is kept per device, in milliseconds. A model on a device (a *site*) has a clock of *work*, in
+milliseconds as if it had the device to itself, which runs slower while other models are busy there;
+so a change of the busy set touches M clocks, and never the requests.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+Records = NDArray[np.void]
+Ints = NDArray[np.int64]
+
+NONE = -1
+END_MS = 1e300  # after every event there is, and before the infinity of an idle device
+
+
+def compiled(function: _Function) -> _Function:
+    """`njit` that keeps the function's type; inlined, since a call counts references to every array."""
+    return cast(_Function, njit(cache=True, error_model="numpy", forceinline=True)(function))
+
+
+REQUEST = np.dtype(
+    [
+        ("arrived_at_ms", "f8"),
+        ("num_prompt_tokens", "i8"),
+        ("num_output_tokens", "i8"),
+        ("replica", "i8"),  # NONE before it is routed
+        ("next_waiting", "i8"),  # behind it in the queue of its replica
+        ("first_token_at_ms", "f8"),
+        ("last_token_at_ms", "f8"),
+    ],
+    align=True,
+)
+MODEL = np.dtype(
+    [
+        ("in_flight", "i8"),
+        ("first_replica", "i8"),
+        ("num_replicas", "i8"),
+        ("max_num_seqs", "i8"),
+        ("prefill_base_ms", "f8"),
+        ("prefill_ms_per_token", "f8"),
+    ],
+    align=True,
+)
+REPLICA = np.dtype(
+    [
+        ("model", "i8"),
+        ("device", "i8"),
+        ("first_seat", "i8"),
+        ("in_flight", "i8"),  # waiting, prefilling and decoding
+        ("num_decoding", "i8"),
+        ("prefilling", "i8"),  # the request whose prompt is being read, or NONE
+        ("first_waiting", "i8"),
+        ("last_waiting", "i8"),
+        ("tokens", "f8"),  # made by each decoding request since the replica last was idle
+        ("tokens_at_ms", "f8"),  # the work clock when `tokens` was true
+        ("mark_ms", "f8"),  # the work clock at the next event; infinite if idle
+        ("batch_place", "i8"),
+        ("mark_place", "i8"),
+    ],
+    align=True,
+)
+SITE = np.dtype(
+    [
+        ("work_ms", "f8"),
+        ("num_busy", "i8"),  # replicas with requests in flight
+        ("first", "i8"),  # its part of `mark_heap`
+        ("num_replicas", "i8"),
+    ],
+    align=True,
+)
+DEVICE = np.dtype(
+    [
+        ("clock_ms", "f8"),
+        ("busy_set", "i8"),  # bit m: model m has requests in flight here
+        ("next_event_ms", "f8"),
+        ("next_model", "i8"),  # whose event it is
+        ("place", "i8"),
+    ],
+    align=True,
+)
+SEAT = np.dtype([("tokens", "f8"), ("request", "i8")], align=True)
+
+
+class State(NamedTuple):
+    """One fleet; or `F` fleets, where each array but the tables has one more axis in front."""
+
+    requests: Records  # (K,) in order of arrival
+    completed: Ints  # (K,) in order of completion
+    num_completed: Ints  # (1,)
+    models: Records  # (M,)
+    replicas: Records  # (R,) model by model
+    sites: Records  # (D * M,) device by device
+    devices: Records  # (D,)
+    seats: Records  # (S,) per replica a heap of the token counts at which its requests end
+    batch_heap: Ints  # (R,) per model a heap of replicas by `in_flight`
+    mark_heap: Ints  # (R,) per site a heap of replicas by `mark_ms`
+    device_heap: Ints  # (D,) by `next_event_ms`
+    step_ms: NDArray[np.float64]  # (M, largest batch + 1)
+    slowdown: NDArray[np.float64]  # (M, 2**M)
+
+
+@compiled
+def fleet_of(states: State, fleet: int) -> State:
+    """One of many fleets, as a view."""
+    return State(
+        states.requests[fleet],
+        states.completed[fleet],
+        states.num_completed[fleet],
+        states.models[fleet],
+        states.replicas[fleet],
+        states.sites[fleet],
+        states.devices[fleet],
+        states.seats[fleet],
+        states.batch_heap[fleet],
+        states.mark_heap[fleet],
+        states.device_heap[fleet],
+        states.step_ms,
+        states.slowdown,
+    )
+
+
+@compiled
+def _before(keys: Any, a: int, b: int) -> bool:
+    """Ties go to the lower index, so that every order is defined."""
+    return bool(keys[a] < keys[b] or (keys[a] == keys[b] and a < b))
+
+
+@compiled
+def _reorder(keys: Any, heap: Ints, place_of: Any, base: int, size: int, item: int) -> None:
+    """Restore the heap in `heap[base : base + size]` after `keys[item]` has changed."""
+    place = place_of[item]
+    while place > 0:
+        above = heap[base + ((place - 1) >> 1)]
+        if not _before(keys, item, above):
+            break
+        heap[base + place] = above
+        place_of[above] = place
+        place = (place - 1) >> 1
+    while 2 * place + 1 < size:
+        child = 2 * place + 1
+        if child + 1 < size and _before(keys, heap[base + child + 1], heap[base + child]):
+            child += 1
+        below = heap[base + child]
+        if not _before(keys, below, item):
+            break
+        heap[base + place] = below
+        place_of[below] = place
+        place = child
+    heap[base + place] = item
+    place_of[item] = place
+
+
+@compiled
+def _push_seat(seats: Records, base: int, size: int, tokens: float, request: int) -> None:
+    place = size
+    while place > 0 and seats[base + ((place - 1) >> 1)]["tokens"] > tokens:
+        above = base + ((place - 1) >> 1)
+        seats[base + place]["tokens"] = seats[above]["tokens"]
+        seats[base + place]["request"] = seats[above]["request"]
+        place = (place - 1) >> 1
+    seats[base + place]["tokens"] = tokens
+    seats[base + place]["request"] = request
+
+
+@compiled
+def _pop_seat(seats: Records, base: int, size: int) -> int:
+    first = seats[base]["request"]
+    size -= 1
+    tokens, request = seats[base + size]["tokens"], seats[base + size]["request"]
+    place = 0
+    while 2 * place + 1 < size:
+        child = base + 2 * place + 1
+        if 2 * place + 2 < size and seats[child + 1]["tokens"] < seats[child]["tokens"]:
+            child += 1
+        if seats[child]["tokens"] >= tokens:
+            break
+        seats[base + place]["tokens"] = seats[child]["tokens"]
+        seats[base + place]["request"] = seats[child]["request"]
+        place = child - base
+    seats[base + place]["tokens"] = tokens
+    seats[base + place]["request"] = request
+    return int(first)
+
+
+@compiled
+def _move_clock(state: State, device: int, now_ms: float) -> None:
+    elapsed_ms = now_ms - state.devices[device]["clock_ms"]
+    state.devices[device]["clock_ms"] = now_ms
+    busy = state.devices[device]["busy_set"]
+    num_models = len(state.models)
+    for model in range(num_models):
+        if busy >> model & 1:
+            state.sites[device * num_models + model]["work_ms"] += elapsed_ms / state.slowdown[model, busy]
+
+
+@compiled
+def _schedule(state: State, device: int) -> None:
+    """Find the device's next event; of events at the same time, that of the smallest model is first."""
+    clock_ms, busy = state.devices[device]["clock_ms"], state.devices[device]["busy_set"]
+    num_models = len(state.models)
+    soonest_ms, soonest_model = np.inf, 0
+    for model in range(num_models):
+        if busy >> model & 1:
+            site = device * num_models + model
+            mark_ms = state.replicas[state.mark_heap[state.sites[site]["first"]]]["mark_ms"]
+            # Rounding may have carried the work clock past the mark by a trifle.
+            left_ms = max(0.0, mark_ms - state.sites[site]["work_ms"])
+            at_ms = clock_ms + left_ms * state.slowdown[model, busy]
+            if at_ms < soonest_ms:
+                soonest_ms, soonest_model = at_ms, model
+    state.devices[device]["next_event_ms"] = soonest_ms
+    state.devices[device]["next_model"] = soonest_model
+    keys, places = state.devices["next_event_ms"], state.devices["place"]
+    _reorder(keys, state.device_heap, places, 0, len(state.devices), device)
+
+
+@compiled
+def _next_work(state: State, replica: int) -> None:
+    """Begin the next prefill if one waits and has a seat; else decode on; else be idle."""
+    model = state.replicas[replica]["model"]
+    site = state.replicas[replica]["device"] * len(state.models) + model
+    work_ms = state.sites[site]["work_ms"]
+    num_decoding = state.replicas[replica]["num_decoding"]
+    request = state.replicas[replica]["first_waiting"]
+    mark_ms = np.inf
+    if request != NONE and num_decoding < state.models[model]["max_num_seqs"]:
+        state.replicas[replica]["first_waiting"] = state.requests[request]["next_waiting"]
+        state.replicas[replica]["prefilling"] = request
+        per_token_ms = state.models[model]["prefill_ms_per_token"]
+        prompt_ms = per_token_ms * state.requests[request]["num_prompt_tokens"]
+        mark_ms = work_ms + (state.models[model]["prefill_base_ms"] + prompt_ms)
+    elif num_decoding > 0:
+        state.replicas[replica]["tokens_at_ms"] = work_ms
+        ends_at = state.seats[state.replicas[replica]["first_seat"]]["tokens"]
+        num_steps = ends_at - state.replicas[replica]["tokens"]
+        mark_ms = work_ms + num_steps * state.step_ms[model, num_decoding]
+    else:
+        state.replicas[replica]["tokens"] = 0.0
+    state.replicas[replica]["mark_ms"] = mark_ms
+    first, size = state.sites[site]["first"], state.sites[site]["num_replicas"]
+    keys, places = state.replicas["mark_ms"], state.replicas["mark_place"]
+    _reorder(keys, state.mark_heap, places, first, size, replica)
+
+
+@compiled
+def _count(state: State, replica: int, change: int) -> None:
+    """Note that one request came to the replica (+1) or left it (-1)."""
+    model, device = state.replicas[replica]["model"], state.replicas[replica]["device"]
+    state.models[model]["in_flight"] += change
+    in_flight = state.replicas[replica]["in_flight"] + change
+    state.replicas[replica]["in_flight"] = in_flight
+    first, size = state.models[model]["first_replica"], state.models[model]["num_replicas"]
+    keys, places = state.replicas["in_flight"], state.replicas["batch_place"]
+    _reorder(keys, state.batch_heap, places, first, size, replica)
+    site = device * len(state.models) + model
+    if change > 0 and in_flight == 1:
+        state.sites[site]["num_busy"] += 1
+        state.devices[device]["busy_set"] |= 1 << model
+    elif in_flight == 0:
+        state.sites[site]["num_busy"] -= 1
+        if state.sites[site]["num_busy"] == 0:
+            state.devices[device]["busy_set"] &= ~(1 << model)
+
+
+@compiled
+def _complete(state: State, replica: int, request: int, now_ms: float) -> None:
+    state.requests[request]["last_token_at_ms"] = now_ms
+    state.completed[state.num_completed[0]] = request
+    state.num_completed[0] += 1
+    _count(state, replica, -1)
+
+
+@compiled
+def _end_prefill(state: State, replica: int, now_ms: float) -> None:
+    """The prompt is read and the first token is there; a step makes each of the others."""
+    request = state.replicas[replica]["prefilling"]
+    state.replicas[replica]["prefilling"] = NONE
+    state.requests[request]["first_token_at_ms"] = now_ms
+    num_steps = state.requests[request]["num_output_tokens"] - 1
+    num_decoding = state.replicas[replica]["num_decoding"]
+    ends_at = state.replicas[replica]["tokens"] + num_steps
+    _push_seat(state.seats, state.replicas[replica]["first_seat"], num_decoding, ends_at, request)
+    state.replicas[replica]["num_decoding"] = num_decoding + 1
+
+
+@compiled
+def _end_decodes(state: State, replica: int, now_ms: float) -> None:
+    """Complete the requests that have all their tokens."""
+    base = state.replicas[replica]["first_seat"]
+    tokens = state.replicas[replica]["tokens"]
+    while state.replicas[replica]["num_decoding"] > 0 and state.seats[base]["tokens"] <= tokens:
+        request = _pop_seat(state.seats, base, state.replicas[replica]["num_decoding"])
+        state.replicas[replica]["num_decoding"] -= 1
+        _complete(state, replica, request, now_ms)
+
+
+@compiled
+def _next_event(state: State, device: int) -> None:
+    now_ms, model = state.devices[device]["next_event_ms"], state.devices[device]["next_model"]
+    _move_clock(state, device, now_ms)
+    site = device * len(state.models) + model
+    replica = state.mark_heap[state.sites[site]["first"]]
+    # Exactly, whatever rounding says: the event has come.
+    state.sites[site]["work_ms"] = state.replicas[replica]["mark_ms"]
+    if state.replicas[replica]["prefilling"] != NONE:
+        _end_prefill(state, replica, now_ms)
+    else:
+        state.replicas[replica]["tokens"] = state.seats[state.replicas[replica]["first_seat"]]["tokens"]
+    _end_decodes(state, replica, now_ms)
+    _next_work(state, replica)
+    _schedule(state, device)
+
+
+@compiled
+def _enqueue(state: State, replica: int, request: int) -> None:
+    state.requests[request]["replica"] = replica
+    if state.replicas[replica]["first_waiting"] == NONE:
+        state.replicas[replica]["first_waiting"] = request
+    else:
+        state.requests[state.replicas[replica]["last_waiting"]]["next_waiting"] = request
+    state.replicas[replica]["last_waiting"] = request
+
+
+@compiled
+def advance(state: State, until_ms: float) -> None:
+    """Let everything happen up to `until_ms`, that instant included."""
+    device = state.device_heap[0]
+    while state.devices[device]["next_event_ms"] <= until_ms:
+        _next_event(state, device)
+        device = state.device_heap[0]
+
+
+@compiled
+def route(state: State, request: int, model: int) -> None:
+    """Hand a request, which arrives now, to the model's replica with the smallest batch."""
+    replica = state.batch_heap[state.models[model]["first_replica"]]
+    device = state.replicas[replica]["device"]
+    _move_clock(state, device, state.requests[request]["arrived_at_ms"])
+    _enqueue(state, replica, request)
+    _count(state, replica, +1)
+    num_decoding = state.replicas[replica]["num_decoding"]
+    has_seat = num_decoding < state.models[model]["max_num_seqs"]
+    if state.replicas[replica]["prefilling"] == NONE and has_seat:
+        if num_decoding > 0:  # the prefill interrupts it: see how far it has come
+            work_ms = state.sites[device * len(state.models) + model]["work_ms"]
+            since_ms = work_ms - state.replicas[replica]["tokens_at_ms"]
+            state.replicas[replica]["tokens"] += since_ms / state.step_ms[model, num_decoding]
+        _next_work(state, replica)
+    _schedule(state, device)
+
+
+@compiled
+def advance_all(states: State, index: int) -> None:
+    """Bring every fleet to the arrival of its request `index`; past the last, to its end."""
+    num_fleets, num_requests = states.requests.shape
+    for fleet in range(num_fleets):
+        state = fleet_of(states, fleet)
+        until_ms = state.requests[index]["arrived_at_ms"] if index < num_requests else END_MS
+        advance(state, until_ms)
+
+
+@compiled
+def route_all(states: State, index: int, models: Ints) -> None:
+    """Route request `index` of every fleet; `models` has shape `(F,)`."""
+    for fleet in range(len(models)):
+        route(fleet_of(states, fleet), index, models[fleet])
+
+
+@compiled
+def run(states: State, models: Ints) -> None:
+    """Serve all requests of fleet 0 by the models of shape `(K,)`."""
+    state = fleet_of(states, 0)
+    for request in range(len(models)):
+        advance(state, state.requests[request]["arrived_at_ms"])
+        route(state, request, models[request])
+    advance(state, END_MS)

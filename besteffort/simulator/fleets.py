@@ -1,0 +1,215 @@
+"""Fleets laid out for the event loop, and what comes out of it in the words of `request`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from besteffort.arrivals import arrival_rates_per_s
+from besteffort.fleet import Fleet
+from besteffort.latency import Latency
+from besteffort.observation import Observation
+from besteffort.request import Outcomes, Requests
+from besteffort.simulator.core import (
+    DEVICE,
+    MODEL,
+    NONE,
+    REPLICA,
+    REQUEST,
+    SEAT,
+    SITE,
+    Records,
+    State,
+    advance_all,
+    route_all,
+    run,
+)
+
+
+def idle_state(fleet: Fleet, latency: Latency, workloads: Sequence[Requests]) -> State:
+    """Fleets with nothing in flight, before the first arrival, one for each workload."""
+    if latency.num_models != len(fleet.models):
+        raise ValueError(f"latencies of {latency.num_models} models for a fleet of {len(fleet.models)}")
+    requests = np.stack([_request_records(workload) for workload in workloads])
+    models, replicas = _model_records(fleet, latency), _replica_records(fleet)
+    sites, mark_heap = _sites(fleet, replicas)
+    devices = np.zeros(fleet.num_devices, dtype=DEVICE)
+    devices["next_event_ms"] = np.inf
+    devices["place"] = np.arange(fleet.num_devices)
+    max_num_seqs = models["max_num_seqs"]
+    seats = np.zeros(int(max_num_seqs[replicas["model"]].sum()), dtype=SEAT)
+    num_fleets = len(workloads)
+
+    def copies(one: NDArray[Any]) -> NDArray[Any]:
+        return np.repeat(one[None], num_fleets, axis=0)
+
+    return State(
+        requests=requests,
+        completed=np.full(requests.shape, NONE, dtype=np.int64),
+        num_completed=np.zeros((num_fleets, 1), dtype=np.int64),
+        models=copies(models),
+        replicas=copies(replicas),
+        sites=copies(sites),
+        devices=copies(devices),
+        seats=copies(seats),
+        batch_heap=copies(np.arange(len(replicas), dtype=np.int64)),
+        mark_heap=copies(mark_heap),
+        device_heap=copies(np.arange(fleet.num_devices, dtype=np.int64)),
+        step_ms=np.ascontiguousarray(latency.step_table_ms(int(max_num_seqs.max()))),
+        slowdown=np.array(latency.slowdown, dtype=np.float64, order="C"),
+    )
+
+
+def _request_records(workload: Requests) -> Records:
+    requests = np.zeros(len(workload), dtype=REQUEST)
+    requests["arrived_at_ms"] = 1000.0 * workload.arrived_at
+    requests["num_prompt_tokens"] = workload.num_prompt_tokens
+    requests["num_output_tokens"] = workload.num_output_tokens
+    requests["replica"] = requests["next_waiting"] = NONE
+    requests["first_token_at_ms"] = requests["last_token_at_ms"] = np.nan
+    return requests
+
+
+def _model_records(fleet: Fleet, latency: Latency) -> Records:
+    models = np.zeros(len(fleet.models), dtype=MODEL)
+    models["num_replicas"] = [model.replicas for model in fleet.models]
+    models["first_replica"] = _starts(models["num_replicas"])
+    models["max_num_seqs"] = [model.max_num_seqs for model in fleet.models]
+    models["prefill_base_ms"] = latency.prefill_base_ms
+    models["prefill_ms_per_token"] = latency.prefill_ms_per_token
+    return models
+
+
+def _replica_records(fleet: Fleet) -> Records:
+    """Model by model; replica `r` of each is on device `fleet.device_of(r)`."""
+    counts = [model.replicas for model in fleet.models]
+    replicas = np.zeros(sum(counts), dtype=REPLICA)
+    replicas["model"] = np.repeat(np.arange(len(counts)), counts)
+    replicas["device"] = [fleet.device_of(r) for count in counts for r in range(count)]
+    replicas["first_seat"] = _starts(np.repeat([model.max_num_seqs for model in fleet.models], counts))
+    replicas["prefilling"] = replicas["first_waiting"] = replicas["last_waiting"] = NONE
+    replicas["mark_ms"] = np.inf
+    replicas["batch_place"] = np.concatenate([np.arange(count) for count in counts])
+    return replicas
+
+
+def _sites(fleet: Fleet, replicas: Records) -> tuple[Records, NDArray[np.int64]]:
+    """Every model on every device, and the heap of its replicas, whose `mark_place` is set."""
+    num_models = len(fleet.models)
+    site_of = replicas["device"] * num_models + replicas["model"]
+    sites = np.zeros(fleet.num_devices * num_models, dtype=SITE)
+    sites["num_replicas"] = np.bincount(site_of, minlength=len(sites))
+    sites["first"] = _starts(sites["num_replicas"])
+    heap = np.argsort(site_of, kind="stable")
+    replicas["mark_place"][heap] = np.arange(len(heap)) - sites["first"][site_of[heap]]
+    return sites, heap
+
+
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each run begins, for runs of these lengths."""
+    return np.asarray(np.cumsum(counts) - counts)
+
+
+class ParallelFleets:
+    """`F` independent copies of a fleet, each with `K` requests of its own, advanced side by side.
+
+    For `index` from 0 to `K - 1`: `advance`, look, `route`; in the end `drain`.
+    """
+
+    def __init__(self, fleet: Fleet, latency: Latency, workloads: Sequence[Requests]) -> None:
+        self._workloads = workloads
+        self._state = idle_state(fleet, latency, workloads)
+        self._num_collected = np.zeros(len(workloads), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._workloads)
+
+    @property
+    def num_requests(self) -> int:
+        return int(self._state.requests.shape[1])
+
+    def advance(self, index: int) -> None:
+        """Bring every fleet to the arrival of its request `index`."""
+        advance_all(self._state, index)
+
+    def drain(self) -> None:
+        """Let every fleet finish what it has."""
+        advance_all(self._state, self.num_requests)
+
+    @property
+    def batch_sizes(self) -> NDArray[np.float64]:
+        """Requests in flight per replica of each model, their mean; shape `(F, M)`."""
+        models = self._state.models
+        return np.asarray(models["in_flight"] / models["num_replicas"])
+
+    def route(self, index: int, models: NDArray[np.int64]) -> None:
+        """Send request `index` of every fleet to the models of shape `(F,)`."""
+        route_all(self._state, index, self._checked(models, len(self)))
+
+    def run(self, models: NDArray[np.int64]) -> None:
+        """Serve the whole workload of the first fleet by the models of shape `(K,)`."""
+        run(self._state, self._checked(models, self.num_requests))
+
+    def _checked(self, models: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """The event loop does not check its indices."""
+        models = np.ascontiguousarray(models, dtype=np.int64)
+        num_models = self._state.models.shape[1]
+        if models.shape != (length,) or np.any((models < 0) | (models >= num_models)):
+            raise ValueError(f"not {length} indices of {num_models} models: {models}")
+        return models
+
+    def collect_completed(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The fleets and the indices of the requests that completed since the last call."""
+        num_completed = self._state.num_completed[:, 0]
+        counts = num_completed - self._num_collected
+        fleets = np.repeat(np.arange(len(self)), counts)
+        nth = np.arange(len(fleets)) - np.repeat(_starts(counts) - self._num_collected, counts)
+        self._num_collected = num_completed.copy()
+        return fleets, self._state.completed[fleets, nth]
+
+    def latency_ms_per_token(
+        self, fleets: NDArray[np.int64], indices: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Of these requests; NaN while they are in flight."""
+        requests = self._state.requests[fleets, indices]
+        took_ms = requests["last_token_at_ms"] - requests["arrived_at_ms"]
+        return np.asarray(took_ms / requests["num_output_tokens"])
+
+    def outcomes(self, fleet: int = 0) -> Outcomes:
+        """What became of the requests of one fleet, all of which must have been routed."""
+        requests, replicas = self._state.requests[fleet], self._state.replicas[fleet]
+        model = replicas["model"][requests["replica"]]
+        return Outcomes(
+            requests=self._workloads[fleet],
+            model=model,
+            replica=requests["replica"] - self._state.models[fleet]["first_replica"][model],
+            sent_at=self._workloads[fleet].arrived_at,
+            first_token_at=requests["first_token_at_ms"] / 1000.0,
+            last_token_at=requests["last_token_at_ms"] / 1000.0,
+            num_tokens_received=self._workloads[fleet].num_output_tokens,
+            error=[""] * self.num_requests,
+        )
+
+
+def simulate(
+    requests: Requests, fleet: Fleet, latency: Latency, choose: Callable[[Observation], int]
+) -> Outcomes:
+    """Serve a trace by a policy, which is asked for a model at each arrival."""
+    fleets = ParallelFleets(fleet, latency, [requests])
+    rates_per_s = arrival_rates_per_s(requests.arrived_at)
+    for index in range(len(requests)):
+        fleets.advance(index)
+        seen = Observation(int(requests.task[index]), fleets.batch_sizes[0], float(rates_per_s[index]))
+        fleets.route(index, np.array([choose(seen)]))
+    fleets.drain()
+    return fleets.outcomes()
+
+
+def simulate_choices(
+    requests: Requests, fleet: Fleet, latency: Latency, models: NDArray[np.int64]
+) -> Outcomes:
+    """Serve a trace by models that are chosen beforehand, shape `(N,)`: the event loop at full speed."""
+    fleets = ParallelFleets(fleet, latency, [requests])
+    fleets.run(models)
+    return fleets.outcomes()

@@ -1,0 +1,362 @@
+"""The event loop against hand-computed cases, its promises, and a slow reference."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from besteffort.fleet import Fleet
+from besteffort.latency import Latency
+from besteffort.observation import Observation
+from besteffort.request import Outcomes, Requests
+from besteffort.simulator import ParallelFleets, simulate, simulate_choices
+
+STEP_MS = np.array([[2.0, 3.0, 4.0, 5.0], [10.0, 14.0, 18.0, 22.0]])  # at batch sizes 1 to 4
+PREFILL_BASE_MS = np.array([4.0, 20.0])
+PREFILL_MS_PER_TOKEN = np.array([0.5, 1.0])
+
+
+def make_fleet(
+    replicas: tuple[int, ...] = (1, 1), num_gpus: int = 1, max_num_seqs: int = 4, num_tasks: int = 1
+) -> Fleet:
+    models = [
+        {"name": f"m{m}", "path": "x", "replicas": count, "max_num_seqs": max_num_seqs}
+        for m, count in enumerate(replicas)
+    ]
+    tasks = [{"name": f"t{t}", "deadline_ms_per_token": 20, "lm_eval_task": "piqa"} for t in range(num_tasks)]
+    return Fleet.model_validate(
+        {"schema_version": 1, "name": "test", "num_gpus": num_gpus, "models": models, "tasks": tasks}
+    )
+
+
+def make_latency(together: float = 2.0) -> Latency:
+    slowdown = np.ones((2, 4))
+    slowdown[:, 0b11] = together
+    return Latency(np.arange(1, 5), STEP_MS, PREFILL_BASE_MS, PREFILL_MS_PER_TOKEN, slowdown)
+
+
+def make_requests(*rows: tuple[float, int, int]) -> Requests:
+    """Rows of arrival in ms, prompt tokens, output tokens."""
+    arrived_ms, prompts, outputs = zip(*rows, strict=True)
+    return Requests(
+        arrived_at=np.array(arrived_ms, dtype=np.float64) / 1000,
+        task=np.zeros(len(rows), dtype=np.int64),
+        num_prompt_tokens=np.array(prompts),
+        num_output_tokens=np.array(outputs),
+    )
+
+
+def random_requests(rng: np.random.Generator, num_requests: int, mean_gap_ms: float) -> Requests:
+    return Requests(
+        arrived_at=np.cumsum(rng.exponential(mean_gap_ms, num_requests)) / 1000,
+        task=np.zeros(num_requests, dtype=np.int64),
+        num_prompt_tokens=rng.integers(1, 40, num_requests),
+        num_output_tokens=rng.integers(1, 30, num_requests),
+    )
+
+
+def first_and_last_ms(outcomes: Outcomes) -> NDArray[np.float64]:
+    return 1000 * np.stack([outcomes.first_token_at, outcomes.last_token_at], axis=1)
+
+
+def served(
+    *rows: tuple[float, int, int],
+    models: tuple[int, ...],
+    fleet: Fleet | None = None,
+    together: float = 2.0,
+) -> NDArray[np.float64]:
+    outcomes = simulate_choices(
+        make_requests(*rows), fleet or make_fleet(), make_latency(together), np.array(models)
+    )
+    return first_and_last_ms(outcomes)
+
+
+def test_a_request_alone_takes_its_prefill_and_a_step_for_each_further_token() -> None:
+    # Prefill 4 + 0.5 * 10 = 9 ms, then 4 steps of 2 ms.
+    np.testing.assert_allclose(served((100, 10, 5), models=(0,)), [[109, 117]])
+
+
+def test_a_request_for_one_token_ends_with_its_prefill() -> None:
+    np.testing.assert_allclose(served((100, 10, 1), models=(0,)), [[109, 109]])
+
+
+def test_a_second_prompt_holds_up_the_decoding_and_then_both_share_the_steps() -> None:
+    # First token at 9. At 13, 2 of 10 steps are done; the prefill lasts till 18. Both then take 3 ms
+    # steps: the second needs 2 (24), the first has 8 - 2 = 6 left, alone again at 2 ms each (36).
+    took = served((0, 10, 11), (13, 2, 3), models=(0, 0))
+    np.testing.assert_allclose(took, [[9, 36], [18, 24]])
+
+
+def test_models_that_share_a_device_slow_each_other_down_while_both_are_busy() -> None:
+    # The small one: 9 ms of prefill and 4 ms of steps at half speed: 18 and 26. The large one: 13 of
+    # its 30 ms of prefill are done by then, 17 more: 43; then 2 steps of 10.
+    took = served((0, 10, 3), (0, 10, 3), models=(0, 1))
+    np.testing.assert_allclose(took, [[18, 26], [43, 63]])
+
+
+def test_models_on_different_devices_do_not_slow_each_other_down() -> None:
+    fleet = make_fleet(replicas=(1, 2), num_gpus=2)
+    took = served((0, 10, 3), (0, 10, 3), (0, 10, 3), models=(1, 1, 0), fleet=fleet)
+    np.testing.assert_allclose(took[1], [30, 50])  # the second replica of the large model has GPU 1
+    assert took[0, 1] > 50
+
+
+def test_no_more_than_max_num_seqs_run_and_the_next_begins_when_one_ends() -> None:
+    fleet = make_fleet(max_num_seqs=1)
+    took = served((0, 10, 3), (1, 10, 3), (2, 10, 1), models=(0, 0, 0), fleet=fleet)
+    np.testing.assert_allclose(took, [[9, 13], [22, 26], [35, 35]])
+
+
+def test_equal_requests_that_arrive_together_end_together() -> None:
+    took = served((0, 10, 5), (0, 10, 5), models=(0, 0))
+    np.testing.assert_allclose(took, [[9, 30], [18, 30]])
+
+
+def test_a_completion_at_the_instant_of_an_arrival_comes_first() -> None:
+    seen: list[float] = []
+
+    def choose(observation: Observation) -> int:
+        seen.append(observation.batch_sizes[0])
+        return 0
+
+    # Everything is a multiple of 1/8 ms, so that the instants are equal to the last bit.
+    simulate(make_requests((0, 8, 1), (8, 8, 1), (15, 8, 1)), make_fleet(), make_latency(), choose)
+    assert seen == [0, 0, 1]
+
+
+def test_the_replica_with_the_smallest_batch_is_chosen_and_ties_go_to_the_first() -> None:
+    fleet = make_fleet(replicas=(3, 1), num_gpus=3)
+    requests = make_requests((0, 4, 20), (0, 4, 2), (0, 4, 20), (0, 4, 20), (45, 4, 9))
+    outcomes = simulate_choices(requests, fleet, make_latency(), np.zeros(5, dtype=np.int64))
+    assert outcomes.replica.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_policy_sees_requests_in_flight_per_replica_and_the_rate_of_the_last_arrivals() -> None:
+    seen: list[Observation] = []
+
+    def choose(observation: Observation) -> int:
+        seen.append(observation)
+        return 1
+
+    fleet = make_fleet(replicas=(1, 2), num_gpus=2)
+    simulate(make_requests((0, 10, 20), (10, 10, 20), (20, 10, 20)), fleet, make_latency(), choose)
+    assert [o.batch_sizes.tolist() for o in seen] == [[0, 0], [0, 0.5], [0, 1]]
+    np.testing.assert_allclose([o.arrival_rate_per_s for o in seen], [0, 100, 100])
+
+
+def test_a_policy_that_names_no_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 models"):
+        simulate(make_requests((0, 10, 3)), make_fleet(), make_latency(), lambda _: 2)
+
+
+def test_latencies_of_another_number_of_models_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 models for a fleet of 3"):
+        simulate_choices(make_requests((0, 1, 1)), make_fleet((1, 1, 1)), make_latency(), np.zeros(1))
+
+
+@dataclass
+class SlowReplica:
+    """The same rules, one object at a time: what is queued, being read, and being decoded."""
+
+    model: int
+    device: int
+    waiting: list[int] = field(default_factory=list)
+    prefilling: int | None = None
+    prefill_left_ms: float = 0.0
+    steps_left: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.waiting) + (self.prefilling is not None) + len(self.steps_left)
+
+
+class SlowFleet:
+    """Looks at every request at every event; nothing is kept that could be computed."""
+
+    def __init__(self, requests: Requests, fleet: Fleet, latency: Latency) -> None:
+        self.requests, self.latency, self.fleet = requests, latency, fleet
+        self.steps_ms = latency.step_table_ms(64)
+        self.replicas = [
+            SlowReplica(m, fleet.device_of(r))
+            for m, model in enumerate(fleet.models)
+            for r in range(model.replicas)
+        ]
+        self.now_ms = 0.0
+        self.first_ms = np.full(len(requests), np.nan)
+        self.last_ms = np.full(len(requests), np.nan)
+
+    def slowdown(self, replica: SlowReplica) -> float:
+        busy = {r.model for r in self.replicas if r.device == replica.device and r.in_flight}
+        return float(self.latency.slowdown[replica.model, sum(1 << m for m in busy)])
+
+    def step_ms(self, replica: SlowReplica) -> float:
+        return float(self.steps_ms[replica.model, len(replica.steps_left)] * self.slowdown(replica))
+
+    def start_prefills(self) -> None:
+        for replica in self.replicas:
+            room = len(replica.steps_left) < self.fleet.models[replica.model].max_num_seqs
+            if replica.prefilling is None and replica.waiting and room:
+                request = replica.prefilling = replica.waiting.pop(0)
+                prompt = self.requests.num_prompt_tokens[[request]]
+                replica.prefill_left_ms = float(self.latency.prefill_ms(prompt)[replica.model, 0])
+
+    def next_event_in_ms(self) -> float:
+        waits = [np.inf]
+        for replica in self.replicas:
+            if replica.prefilling is not None:
+                waits.append(replica.prefill_left_ms * self.slowdown(replica))
+            elif replica.steps_left:
+                waits.append(min(replica.steps_left.values()) * self.step_ms(replica))
+        return max(0.0, min(waits))
+
+    def pass_time(self, elapsed_ms: float) -> None:
+        self.now_ms += elapsed_ms
+        paces = [(self.slowdown(replica), self.step_ms(replica)) for replica in self.replicas]
+        for replica, (slowdown, step_ms) in zip(self.replicas, paces, strict=True):
+            if replica.prefilling is not None:
+                replica.prefill_left_ms -= elapsed_ms / slowdown
+            else:
+                for request in replica.steps_left:
+                    replica.steps_left[request] -= elapsed_ms / step_ms
+
+    def finish_what_is_done(self) -> None:
+        for replica in self.replicas:
+            if replica.prefilling is not None and replica.prefill_left_ms < 1e-9:
+                self.first_ms[replica.prefilling] = self.now_ms
+                steps = self.requests.num_output_tokens[replica.prefilling] - 1
+                replica.steps_left[replica.prefilling] = float(steps)
+                replica.prefilling = None
+            if replica.prefilling is None:
+                for request in [r for r, left in replica.steps_left.items() if left < 1e-9]:
+                    self.last_ms[request] = self.now_ms
+                    del replica.steps_left[request]
+
+    def advance(self, until_ms: float) -> None:
+        while self.now_ms + self.next_event_in_ms() <= until_ms:
+            self.pass_time(self.next_event_in_ms())
+            self.finish_what_is_done()
+            self.start_prefills()
+        if np.isfinite(until_ms):
+            self.pass_time(until_ms - self.now_ms)
+
+    def serve(self, models: NDArray[np.int64]) -> NDArray[np.float64]:
+        for request, model in enumerate(models):
+            self.advance(1000 * self.requests.arrived_at[request])
+            candidates = [replica for replica in self.replicas if replica.model == model]
+            min(candidates, key=lambda replica: replica.in_flight).waiting.append(request)
+            self.start_prefills()
+        while np.isfinite(self.next_event_in_ms()):
+            self.advance(self.now_ms + self.next_event_in_ms())
+        return np.stack([self.first_ms, self.last_ms], axis=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    replicas=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    num_gpus=st.integers(1, 3),
+    max_num_seqs=st.integers(1, 5),
+    mean_gap_ms=st.floats(1.0, 100.0),
+    together=st.floats(1.0, 3.0),
+)
+def test_the_event_loop_agrees_with_a_slow_reference(
+    seed: int,
+    replicas: tuple[int, int],
+    num_gpus: int,
+    max_num_seqs: int,
+    mean_gap_ms: float,
+    together: float,
+) -> None:
+    rng = np.random.default_rng(seed)
+    requests = random_requests(rng, 40, mean_gap_ms)
+    models = rng.integers(0, 2, 40)
+    fleet = make_fleet(replicas, num_gpus, max_num_seqs)
+    latency = make_latency(together)
+    fast = first_and_last_ms(simulate_choices(requests, fleet, latency, models))
+    slow = SlowFleet(requests, fleet, latency).serve(models)
+    np.testing.assert_allclose(fast, slow, rtol=1e-9, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    max_num_seqs=st.integers(1, 8),
+    mean_gap_ms=st.floats(0.0, 50.0),
+)
+def test_work_is_conserved_in_order_and_never_faster_than_the_profile(
+    seed: int, max_num_seqs: int, mean_gap_ms: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    requests = random_requests(rng, 200, mean_gap_ms)
+    fleet, latency = make_fleet((2, 3), 2, max_num_seqs), make_latency(1.5)
+    models = rng.integers(0, 2, 200)
+    outcomes = simulate_choices(requests, fleet, latency, models)
+    assert np.all(np.isfinite(outcomes.last_token_at))
+    np.testing.assert_array_equal(outcomes.model, models)
+    np.testing.assert_array_equal(outcomes.num_tokens_received, requests.num_output_tokens)
+    prefill_ms = latency.prefill_ms(requests.num_prompt_tokens)[models, np.arange(200)]
+    decode_ms = STEP_MS[models, 0] * (requests.num_output_tokens - 1)
+    assert np.all(outcomes.ttft_ms >= prefill_ms - 1e-6)
+    floor_ms = (prefill_ms + decode_ms) / requests.num_output_tokens
+    assert np.all(outcomes.latency_ms_per_token >= floor_ms - 1e-6)
+    assert_fifo_and_within_the_limit(outcomes, max_num_seqs)
+
+
+def assert_fifo_and_within_the_limit(outcomes: Outcomes, max_num_seqs: int) -> None:
+    for model, replica in set(zip(outcomes.model, outcomes.replica, strict=True)):
+        here = (outcomes.model == model) & (outcomes.replica == replica)
+        first, last = outcomes.first_token_at[here], outcomes.last_token_at[here]
+        assert np.all(np.diff(first) >= 0)
+        # A tolerance: requests that end with one token differ in the last bits of their times.
+        decoding = [np.sum((first <= at) & (last > at + 1e-9)) for at in first]
+        assert max(decoding) <= max_num_seqs
+
+
+def test_the_same_trace_fares_the_same_twice() -> None:
+    requests = random_requests(np.random.default_rng(1), 500, 5.0)
+    models = np.random.default_rng(2).integers(0, 2, 500)
+    runs = [simulate_choices(requests, make_fleet((2, 2)), make_latency(), models) for _ in range(2)]
+    np.testing.assert_array_equal(first_and_last_ms(runs[0]), first_and_last_ms(runs[1]))
+
+
+def test_times_scale_with_the_profile_and_the_arrivals() -> None:
+    requests = random_requests(np.random.default_rng(3), 300, 8.0)
+    models = np.random.default_rng(4).integers(0, 2, 300)
+    slow = make_latency()
+    fast = Latency(
+        slow.batch_sizes,
+        slow.step_ms / 2,
+        slow.prefill_base_ms / 2,
+        slow.prefill_ms_per_token / 2,
+        slow.slowdown,
+    )
+    dense = Requests(
+        requests.arrived_at / 2, requests.task, requests.num_prompt_tokens, requests.num_output_tokens
+    )
+    slow_ms = first_and_last_ms(simulate_choices(requests, make_fleet(), slow, models))
+    fast_ms = first_and_last_ms(simulate_choices(dense, make_fleet(), fast, models))
+    np.testing.assert_allclose(fast_ms, slow_ms / 2)
+
+
+def test_parallel_fleets_fare_as_each_alone_and_report_each_completion_once() -> None:
+    rng = np.random.default_rng(5)
+    fleet, latency = make_fleet((2, 3), 2), make_latency()
+    workloads = [random_requests(rng, 50, gap_ms) for gap_ms in (3.0, 20.0, 200.0)]
+    models = rng.integers(0, 2, (3, 50))
+    fleets = ParallelFleets(fleet, latency, workloads)
+    completed: list[tuple[int, int]] = []
+    for index in range(50):
+        fleets.advance(index)
+        fleets.route(index, models[:, index])
+        completed += zip(*map(np.ndarray.tolist, fleets.collect_completed()), strict=True)
+    fleets.drain()
+    completed += zip(*map(np.ndarray.tolist, fleets.collect_completed()), strict=True)
+    assert sorted(completed) == [(f, i) for f in range(3) for i in range(50)]
+    for f, workload in enumerate(workloads):
+        alone = simulate_choices(workload, fleet, latency, models[f])
+        np.testing.assert_array_equal(first_and_last_ms(fleets.outcomes(f)), first_and_last_ms(alone))
+        took = fleets.latency_ms_per_token(np.full(50, f), np.arange(50))
+        np.testing.assert_allclose(took, alone.latency_ms_per_token)
