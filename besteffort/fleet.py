@@ -126,6 +126,12 @@ class Fleet(_Table):
         return tuple(task.name for task in self.tasks)
 
     @property
+    def task_shares(self) -> tuple[float, ...]:
+        """The part of the arrivals that each task makes up; they sum to 1."""
+        total = sum(task.share for task in self.tasks)
+        return tuple(task.share / total for task in self.tasks)
+
+    @property
     def num_devices(self) -> int:
         """The GPUs, or the one CPU."""
         return max(1, self.num_gpus)

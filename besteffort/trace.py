@@ -371,12 +371,11 @@ def fit_to_fleet(
     limit = fleet.engine.max_model_len
     max_output_tokens = limit // 4 if max_output_tokens is None else max_output_tokens
     _check_options(time_stretch, max_output_tokens, limit)
-    shares = np.array([task.share for task in fleet.tasks])
     output = np.minimum(arrivals.num_output_tokens, max_output_tokens)
     prompt = np.minimum(arrivals.num_prompt_tokens, limit - output)
     requests = Requests(
         arrived_at=(arrivals.arrived_at - arrivals.arrived_at[0]) * time_stretch,
-        task=rng.choice(len(shares), size=len(arrivals), p=shares / shares.sum()),
+        task=rng.choice(len(fleet.tasks), size=len(arrivals), p=fleet.task_shares),
         num_prompt_tokens=prompt,
         num_output_tokens=output,
     )

@@ -186,8 +186,7 @@ def _with_tasks_and_lengths(
     length_rng: np.random.Generator,
 ) -> Requests:
     """Draw tasks by their shares, and lengths evenly from each task's inclusive ranges."""
-    shares = np.array([task.share for task in fleet.tasks])
-    task = task_rng.choice(len(shares), size=len(arrived_at), p=shares / shares.sum())
+    task = task_rng.choice(len(fleet.tasks), size=len(arrived_at), p=fleet.task_shares)
     ranges = np.array([(t.num_prompt_tokens, t.num_output_tokens) for t in fleet.tasks])[task]  # (N, 2, 2)
     low, high = ranges[:, :, 0], ranges[:, :, 1]
     # One uniform draw a count, whatever the range: changing one task's leaves the others' alone.

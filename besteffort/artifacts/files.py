@@ -80,7 +80,8 @@ def read_table(
         InputError: as the given class `error`; the message ends with `mend`.
     """
     try:
-        table = pq.read_table(path)
+        # One file, as it lies there: `pq.read_table` would also take a folder of them.
+        table = pq.ParquetFile(path).read()
     except FileNotFoundError:
         raise error(f"{path}: no such file; {mend}") from None
     except (pa.ArrowInvalid, OSError) as problem:
@@ -98,8 +99,11 @@ def read_table(
 
 
 def _label(table: pa.Table) -> dict[str, Any]:
-    raw = (table.schema.metadata or {}).get(_KEY)
-    return dict(json.loads(raw)) if raw else {}
+    """What `write_table` wrote about the file; nothing if another program wrote it."""
+    try:
+        return dict(json.loads((table.schema.metadata or {})[_KEY]))
+    except (KeyError, ValueError, TypeError):
+        return {}
 
 
 def _checked(table: pa.Table, schema: pa.Schema, path: Path, error: type[InputError], mend: str) -> pa.Table:

@@ -30,8 +30,6 @@ class Spread:
 
     @staticmethod
     def of(measured_ms: Sequence[float]) -> "Spread":
-        if not measured_ms:
-            raise EngineError("an engine answered too fast or too raggedly to be measured")
         p50, p95 = np.percentile(measured_ms, [50, 95])
         return Spread(
             mean_ms=float(np.mean(measured_ms)),
@@ -54,6 +52,9 @@ async def step_times_ms(
 
     Ends after enough measurements, or, given `keep_on_until` (`time.perf_counter()` seconds), not
     before that instant, so that engines measured together load each other all the while.
+
+    Raises:
+        EngineError: the engine never ran that many requests at once.
     """
     gaps: list[float] = []
     for num_waves in range(1, 1000):
@@ -62,6 +63,11 @@ async def step_times_ms(
         enough = len(gaps) >= MIN_MEASUREMENTS * batch_size or num_waves >= MAX_WAVES
         if time.perf_counter() >= keep_on_until if keep_on_until is not None else enough:
             break
+    if not gaps:
+        raise EngineError(
+            f"{engine.served_name} at {engine.url} never ran {batch_size} requests at once; give it "
+            "more memory for its KV cache, or lower its max_num_seqs in fleet.toml"
+        )
     return gaps
 
 
