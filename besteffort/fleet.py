@@ -42,6 +42,7 @@ class Model(_Table):
     architecture: Architecture | None = None
     path: str | None = None  # a local folder or a hub name, handed to vLLM as it is
     urls: tuple[str, ...] | None = None  # servers that already run, one per replica
+    tokenizer: str | None = None  # beside urls: a local folder or a hub name, for `score`
     replicas: int = Field(default=1, ge=1)
     gpu_memory_share: float = Field(default=0.9, gt=0, le=1)
     max_num_seqs: int = Field(default=64, ge=1)  # vLLM's limit of requests running at once
@@ -54,6 +55,8 @@ class Model(_Table):
             raise ValueError(
                 f"give exactly one of architecture, path and urls (given: {', '.join(given) or 'none'})"
             )
+        if self.tokenizer is not None and self.urls is None:
+            raise ValueError("tokenizer goes only with urls: other models bring their own; remove it")
         if self.urls is not None and len(self.urls) != self.replicas:
             raise ValueError(f"{len(self.urls)} urls for {self.replicas} replicas: make them equal")
         return self

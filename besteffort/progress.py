@@ -24,7 +24,9 @@ class Progress(Protocol):
         """Print one line that stays, above any bar."""
 
 
-class _SilentBar:
+class SilentBar:
+    """Shows nothing."""
+
     def advance(self, num_steps: int = 1) -> None:
         pass
 
@@ -33,11 +35,11 @@ class _SilentBar:
 
 
 class Silent:
-    """Shows nothing."""
+    """Shows nothing, whatever is done."""
 
     @contextmanager
     def bar(self, title: str, num_steps: int) -> Iterator[Bar]:
-        yield _SilentBar()
+        yield SilentBar()
 
     def say(self, line: str) -> None:
         pass

@@ -69,7 +69,7 @@ def save_trace(
     if further is not None:
         for name in further.column_names:
             table = table.append_column(name, further.column(name))
-    files.write_table(path, table, kind="trace", version=VERSION, facts=files.provenance(**facts))
+    files.write_table(path, table, kind="trace", version=VERSION, facts=facts)
 
 
 def load_trace(path: Path, fleet: Fleet) -> Requests:
@@ -91,7 +91,9 @@ def read_trace(path: Path, fleet: Fleet | None = None) -> Trace:
     """
     if path.is_dir():  # Arrow would read every file in it as one table
         raise TraceError(f"{path}: this is a folder; name one trace in it, or {_MEND}")
-    table, facts = files.read_table(path, SCHEMA, kind="trace", version=VERSION, error=TraceError, mend=_MEND)
+    table, facts = files.read_table(
+        path, SCHEMA, kind="trace", version=VERSION, error=TraceError, mend=_MEND, also=("requests",)
+    )
     if len(table) == 0:
         raise TraceError(f"{path}: it holds no request; {_MEND}")
     for name in SCHEMA.names:

@@ -6,6 +6,7 @@ them stretched in time.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -47,11 +48,13 @@ def unpredictable_1_segments(rng: np.random.Generator) -> Iterator[Segment]:
         yield Segment(rate_per_s, int(rng.geometric(1 / (MEAN_SEGMENT_S * rate_per_s))))
 
 
-def unpredictable_2_segments(rng: np.random.Generator) -> Iterator[Segment]:
+def unpredictable_2_segments(
+    rng: np.random.Generator, requests_per_rate: float = MEAN_SEGMENT_REQUESTS
+) -> Iterator[Segment]:
     """Without end: any rate is as likely as any other, each for 500 requests on average (App. B)."""
     while True:
         rate_per_s = float(rng.uniform(*RATES_2))
-        yield Segment(rate_per_s, int(rng.geometric(1 / MEAN_SEGMENT_REQUESTS)))
+        yield Segment(rate_per_s, int(rng.geometric(1 / requests_per_rate)))
 
 
 SEGMENTS: dict[str, Segments] = {
@@ -77,12 +80,20 @@ def generate_workload(
     rate_per_s: float | None = None,
     duration_s: float | None = None,
     num_requests: int | None = None,
+    requests_per_rate: float | None = None,
 ) -> Requests:
     """The workload of that name, one of `WORKLOADS`.
+
+    `requests_per_rate` is for unpredictable-2 alone: the mean, instead of 500, so that a short trace
+    too sees many rates.
 
     Raises:
         UsageError: an unknown name, or an option that is out of range or of another workload.
     """
+    if requests_per_rate is not None:
+        if name != "unpredictable-2":
+            raise UsageError("only unpredictable-2 takes a number of requests per rate: leave it out")
+        _check_at_least_one("number of requests per rate", requests_per_rate)
     if name == "stable":
         if rate_per_s is None:
             raise UsageError("a stable workload needs a rate: give one, such as --rate 4")
@@ -91,7 +102,10 @@ def generate_workload(
         raise UsageError(f"{name!r} is no workload: choose one of {', '.join(WORKLOADS)}")
     if rate_per_s is not None or duration_s is not None:
         raise UsageError(f"{name} draws its own rates: leave out --rate and --duration, or choose stable")
-    return _unpredictable(fleet, rng, SEGMENTS[name], num_requests)
+    segments = SEGMENTS[name]
+    if requests_per_rate is not None:
+        segments = partial(unpredictable_2_segments, requests_per_rate=requests_per_rate)
+    return _unpredictable(fleet, rng, segments, num_requests)
 
 
 def stable(
@@ -203,6 +217,11 @@ def _with_tasks_and_lengths(
 def _check_positive(what: str, value: float) -> None:
     if not (0 < value < np.inf):  # also catches NaN
         raise UsageError(f"the {what} is {value}: it must be a finite number above 0")
+
+
+def _check_at_least_one(what: str, value: float) -> None:
+    if not (1 <= value < np.inf):  # also catches NaN
+        raise UsageError(f"the {what} is {value}: it must be a finite number, at least 1")
 
 
 def _check_num_requests(num_requests: int) -> None:

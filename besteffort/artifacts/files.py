@@ -1,11 +1,12 @@
 """Writing so that nobody ever sees half a file, and reading so that nobody uses a wrong one."""
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             f"{path}: cannot be written: {error.strerror or error}; free space there or choose another place"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stopped the write may stop this too
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,19 +64,27 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def write_table(path: Path, table: pa.Table, *, kind: str, version: int, facts: Mapping[str, Any]) -> None:
-    """Write a Parquet file that says what it is: its kind, schema version and provenance."""
-    label = {"kind": kind, "schema_version": version, "provenance": dict(facts)}
+    """Write a Parquet file that says what it is: its kind, schema version and provenance with `facts`."""
+    label = {"kind": kind, "schema_version": version, "provenance": provenance(**facts)}
     labelled = table.replace_schema_metadata({_KEY: json.dumps(label).encode()})
     write_atomically(path, lambda temporary: pq.write_table(labelled, temporary))
 
 
 def read_table(
-    path: Path, schema: pa.Schema, *, kind: str, version: int, error: type[InputError], mend: str
+    path: Path,
+    schema: pa.Schema,
+    *,
+    kind: str,
+    version: int,
+    error: type[InputError],
+    mend: str,
+    also: Collection[str] = (),
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Read a Parquet file of a known kind; returns its table and its provenance.
 
     Columns of `schema` are checked and cast; further columns are kept as they are. A file that
-    `besteffort` did not write has no label and no provenance; it is taken if its columns fit.
+    `besteffort` did not write has no label and no provenance; it is taken if its columns fit. So
+    is one of the kinds `also`, whose columns hold this kind's.
 
     Raises:
         InputError: as the given class `error`; the message ends with `mend`.
@@ -88,7 +98,7 @@ def read_table(
         first_line = str(problem).splitlines()[0]
         raise error(f"{path}: not a readable Parquet file ({first_line}); {mend}") from None
     label = _label(table)
-    if label.get("kind", kind) != kind:
+    if label.get("kind", kind) not in (kind, *also):
         raise error(f"{path}: this is a {label['kind']} file, not a {kind} file; {mend}")
     if label.get("schema_version", version) != version:
         raise error(

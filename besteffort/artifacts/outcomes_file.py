@@ -88,7 +88,7 @@ def save_outcomes(
     # from_pandas: NaN, which is no number, becomes null.
     arrays = [pa.array(columns[field.name], field.type, from_pandas=True) for field in SCHEMA]
     table = pa.Table.from_arrays(arrays, schema=SCHEMA)
-    files.write_table(path, table, kind=KIND, version=VERSION, facts=files.provenance(**facts))
+    files.write_table(path, table, kind=KIND, version=VERSION, facts=facts)
 
 
 def _names(indices: NDArray[np.int64], names: Sequence[str]) -> list[str | None]:

@@ -43,7 +43,7 @@ def save_rewards(path: Path, rewards: Rewards, fleet: Fleet, facts: Mapping[str,
         for m, model in enumerate(fleet.models)
     ]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    files.write_table(path, table, kind="rewards", version=VERSION, facts=files.provenance(**facts))
+    files.write_table(path, table, kind="rewards", version=VERSION, facts=facts)
 
 
 def _none_if_nan(value: float) -> float | None:

@@ -1,5 +1,6 @@
 """The stages as commands. Each imports its stage only when it is called: `--help` stays instant."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from besteffort.cli.console import ConsoleProgress
 from besteffort.cli.options import (
+    POLICY_HELP,
     Engine,
     FleetDir,
     PolicySpec,
@@ -18,7 +20,7 @@ from besteffort.cli.options import (
 
 
 def register(app: typer.Typer) -> None:
-    for command in (profile, serve):
+    for command in (profile, score, train, serve, replay):
         app.command()(command)
 
 
@@ -45,6 +47,49 @@ def profile(
         output=output or fleet_dir / "profile.parquet",
         attached=parse_engines(engine),
         seed=seed,
+        progress=ConsoleProgress(),
+    )
+
+
+def score(
+    fleet_dir: FleetDir,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Read DIR/hellaswag.jsonl, copa.jsonl, ... instead of the Hugging Face hub.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N documents of each task. [all]")
+    ] = None,
+    given: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measure nothing: take a CSV with the columns task,model,value."),
+    ] = None,
+    engine: Engine = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Instead of FLEET_DIR/rewards.parquet.")
+    ] = None,
+) -> None:
+    """Measure how well each model does each task, zero-shot, with lm-eval.
+
+    A run that was cut off goes on where it stopped.
+
+    \b
+    Example:
+      besteffort score artifacts/tiny-opt-cpu --limit 100
+      besteffort score artifacts/titan-rtx-opt --given artifacts/titan-rtx-opt/rewards.csv
+    """
+    from besteffort.stages.score import score
+
+    score(
+        fleet_dir,
+        output=output or fleet_dir / "rewards.parquet",
+        data_dir=data_dir,
+        limit=limit,
+        given=given,
+        attached=parse_engines(engine),
         progress=ConsoleProgress(),
     )
 
@@ -80,3 +125,93 @@ def serve(
         seed=seed,
         progress=ConsoleProgress(),
     )
+
+
+def train(
+    fleet_dir: FleetDir,
+    recipe: Annotated[str, typer.Option(help="How long, and with which hyper-parameters.")] = "demo",
+    seed: Seed = 0,
+    init: Annotated[
+        Path | None, typer.Option(metavar="POLICY", help="Fine-tune this policy instead of a fresh one.")
+    ] = None,
+    profile: Profile = None,
+    rewards: Rewards = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Instead of FLEET_DIR/policy.safetensors.")
+    ] = None,
+) -> None:
+    """Fit a DQN to the fleet in a simulator built on its profile and its rewards.
+
+    \b
+    Example:
+      besteffort train artifacts/tiny-opt-cpu --rewards artifacts/titan-rtx-opt/rewards.parquet
+    """
+    from besteffort.stages.train import train
+
+    train(
+        fleet_dir,
+        recipe=recipe,
+        seed=seed,
+        init=init,
+        profile=profile,
+        rewards=rewards,
+        output=output,
+        progress=ConsoleProgress(),
+    )
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A Parquet file; see `besteffort trace`.")],
+    fleet_dir: FleetDir,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", metavar="POLICY", help=f"{POLICY_HELP} Not with --url."),
+    ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Through the simulator, over the profile.")
+    ] = False,
+    url: Annotated[
+        str | None, typer.Option(help="A besteffort router that runs already, and has its own policy.")
+    ] = None,
+    engine: Engine = None,
+    profile: Profile = None,
+    rewards: Rewards = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the folder in FLEET_DIR/replays, instead of one made up.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Send a trace to the router on time, however slow the answers, and report how it fared.
+
+    Without --simulate or --url it starts the fleet and the router, and stops them at the end.
+
+    \b
+    Example:
+      besteffort trace generate stable artifacts/tiny-opt-cpu -o traces/calm.parquet --seed 1 --rate 8
+      besteffort replay traces/calm.parquet artifacts/tiny-opt-cpu --policy greedy
+    """
+    from besteffort.cli.tables import print_comparison, print_where
+    from besteffort.errors import UsageError
+    from besteffort.stages.replay import Replay, replay
+
+    if sum([simulate, url is not None, engine is not None]) > 1 or (url and policy):
+        raise UsageError("--simulate, --url and --engine exclude each other, and so do --url and --policy")
+    spec = Replay(
+        trace=trace,
+        fleet_dir=fleet_dir,
+        policy=policy,
+        profile=profile or fleet_dir / "profile.parquet",
+        rewards=rewards or fleet_dir / "rewards.parquet",
+        simulated=simulate,
+        url=url,
+        attached=parse_engines(engine),
+        name=name,
+        seed=seed,
+    )
+    summary, folder = replay(spec, ConsoleProgress())
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    print_comparison([summary])
+    print_where({"Look at": folder / "report.html"})

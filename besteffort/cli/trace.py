@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from besteffort.cli.options import FleetDir, Seed
+
 # What takes long to import is imported by the command that needs it: `--help` must answer at once.
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,13 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-FleetDir = Annotated[
-    Path,
-    typer.Argument(metavar="FLEET_DIR", help="Folder with a fleet.toml, such as artifacts/tiny-opt-cpu."),
-]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The Parquet trace to write.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same trace.")]
-
 
 @app.command()
 def generate(
@@ -42,6 +38,9 @@ def generate(
         int | None, typer.Option(help="How many. [10000; stable: as many as come in the duration]")
     ] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds that a stable workload lasts. [40]")] = None,
+    requests_per_rate: Annotated[
+        float | None, typer.Option(help="Mean number at each rate of unpredictable-2. [500]")
+    ] = None,
 ) -> None:
     """Draw one of the paper's workloads at random.
 
@@ -67,6 +66,7 @@ def generate(
         rate_per_s=rate,
         duration_s=duration,
         num_requests=num_requests,
+        requests_per_rate=requests_per_rate,
     )
     if fleet.rate_scale != 1:
         typer.echo(
@@ -79,6 +79,7 @@ def generate(
         "rate_scale": fleet.rate_scale,
         "rate_per_s": None if rate is None else rate * fleet.rate_scale,
         "duration_s": duration,
+        "requests_per_rate": requests_per_rate,
         "num_requests": len(requests),
     }
     save_trace(output, requests, fleet.task_names, facts)

@@ -14,9 +14,10 @@ from besteffort.engines.child import Child, free_port
 from besteffort.engines.vllm import start_server
 from besteffort.errors import EngineError, UsageError
 from besteffort.fleet import Fleet, Model
-from besteffort.progress import Progress
+from besteffort.progress import Bar, Progress
 
 _POLL_S = 0.25
+_FIRST_ANSWER_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ def running_engines(fleet: Fleet, fleet_dir: Path, attached: Urls, progress: Pro
             children += started
             by_model.append([url for _, url in started])
         if children:
-            _wait_until_ready(children, fleet.engine.start_timeout_s, progress)
+            with progress.bar(f"Starting {len(children)} vLLM servers", len(children)) as bar:
+                wait_until_healthy(children, fleet.engine.start_timeout_s, bar)
         yield tuple(tuple(_engine(url) for url in of_model) for of_model in by_model)
     finally:
         for child, _ in children:
@@ -84,24 +86,28 @@ def _start(fleet: Fleet, fleet_dir: Path, model: Model, replica: int) -> tuple[C
     return start_server(fleet, fleet_dir, model, replica, port), f"http://127.0.0.1:{port}"
 
 
-def _wait_until_ready(children: Sequence[tuple[Child, str]], timeout_s: float, progress: Progress) -> None:
+def wait_until_healthy(children: Sequence[tuple[Child, str]], timeout_s: float, bar: Bar) -> None:
+    """Return when every server answers `/health`.
+
+    Raises:
+        EngineError: one died, or did not answer in time; the message ends with the end of its log.
+    """
     give_up_at = time.monotonic() + timeout_s
     waiting = list(children)
-    with progress.bar(f"Starting {len(children)} vLLM servers", len(children)) as bar:
-        while waiting:
-            for child, url in list(waiting):
-                child.check()
-                if _is_healthy(url):
-                    waiting.remove((child, url))
-                    bar.advance()
-            if waiting and time.monotonic() > give_up_at:
-                child = waiting[0][0]
-                raise EngineError(
-                    f"{child.title} was not ready after {timeout_s:.0f} s (engine.start_timeout_s); "
-                    f"the end of its log, {child.log}:\n{child.log_tail()}"
-                )
-            bar.describe("waiting for " + ", ".join(child.title.split()[-1] for child, _ in waiting))
-            time.sleep(_POLL_S)
+    while waiting:
+        bar.describe("waiting for " + ", ".join(child.title for child, _ in waiting))
+        for child, url in list(waiting):
+            child.check()
+            if _is_healthy(url):
+                waiting.remove((child, url))
+                bar.advance()
+        if waiting and time.monotonic() > give_up_at:
+            child = waiting[0][0]
+            raise EngineError(
+                f"{child.title} was not ready after {timeout_s:.0f} s; the end of its log, "
+                f"{child.log}:\n{child.log_tail()}"
+            )
+        time.sleep(_POLL_S)
 
 
 def _is_healthy(url: str) -> bool:
@@ -113,17 +119,24 @@ def _is_healthy(url: str) -> bool:
 
 
 def _engine(url: str) -> Engine:
-    """Ask a server for the name of its model.
+    """Ask a server for the name of its model, and have it answer once, since a first answer is slow.
 
     Raises:
         EngineError: nobody answers there, or not as an OpenAI-compatible server does.
     """
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as response:  # noqa: S310
-            answer: Any = json.loads(response.read())
-        return Engine(url, str(answer["data"][0]["id"]))
+        name = str(_json(f"{url}/v1/models")["data"][0]["id"])
+        _json(f"{url}/v1/completions", {"model": name, "prompt": [100] * 16, "max_tokens": 4})
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise EngineError(
             f"{url}: no OpenAI-compatible server answers there ({error}); "
             "start it, or mend the URL in fleet.toml or --engine"
         ) from None
+    return Engine(url, name)
+
+
+def _json(url: str, body: Mapping[str, Any] | None = None) -> Any:
+    request = urllib.request.Request(url, headers={"content-type": "application/json"})  # noqa: S310
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(request, data, timeout=_FIRST_ANSWER_TIMEOUT_S) as response:  # noqa: S310
+        return json.loads(response.read())

@@ -24,7 +24,7 @@ def start_server(fleet: Fleet, fleet_dir: Path, model: Model, replica: int, port
         )
     log = fleet_dir / "logs" / f"{model.name}-{replica}-{os.getpid()}.log"
     command = _command(fleet, fleet_dir, model, port)
-    return Child(f"the vLLM server of {model.name}", command, log, _environment(fleet, replica))
+    return Child(f"vLLM of {model.name}", command, log, _environment(fleet, replica))
 
 
 def model_path(fleet: Fleet, fleet_dir: Path, model: Model) -> str:

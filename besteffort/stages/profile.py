@@ -81,19 +81,15 @@ def profile(fleet_dir: Path, *, output: Path, attached: Urls, seed: int, progres
         FleetError, UsageError, EngineError: as the fleet and its engines raise them.
     """
     fleet = load_fleet(fleet_dir)
-    facts = files.provenance(
-        stage="profile",
-        fleet=fleet.name,
-        fleet_sha256=files.sha256(fleet_dir / "fleet.toml"),
-        seed=seed,
-    )
+    fleet_sha256 = files.sha256(fleet_dir / "fleet.toml")
+    facts = {"stage": "profile", "fleet": fleet.name, "fleet_sha256": fleet_sha256, "seed": seed}
     partial = output.with_suffix(".partial.parquet")
-    samples = _taken_up(partial, facts["fleet_sha256"], progress)
+    samples = _taken_up(partial, fleet_sha256, progress)
     with running_engines(fleet, fleet_dir, attached, progress) as engines:
         for_now = _Notebook(partial, facts, samples)
         asyncio.run(_measure_all(fleet, engines, for_now, np.random.default_rng(seed), progress))
     partial.replace(output)
-    progress.say(f"wrote {output}: {len(samples)} samples, measured on {facts['machine']}")
+    progress.say(f"wrote {output}: {len(samples)} samples")
 
 
 @dataclass(frozen=True)

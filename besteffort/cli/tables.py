@@ -1,0 +1,37 @@
+"""Results for a person, on standard output."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from besteffort.report import comparison_table
+
+
+def print_comparison(summaries: Sequence[dict[str, Any]]) -> None:
+    """One row per figure and one column per replay: it fits where a row per replay would not."""
+    table = comparison_table(summaries)
+    first, *others = table.headers
+    policies = [row[0] for row in table.rows]
+    drawn = Table(first, *policies, title=_title(summaries), title_justify="left")
+    for column in drawn.columns[1:]:
+        column.justify = "right"
+    for index, header in enumerate(others, start=1):
+        drawn.add_row(header, *(row[index] for row in table.rows))
+    # A width that no log folds: numbers are compared down a column or not at all.
+    width = None if Console().is_terminal else 160
+    Console(width=width, highlight=False).print(drawn)
+
+
+def _title(summaries: Sequence[dict[str, Any]]) -> str:
+    traces = ", ".join(dict.fromkeys(summary["trace"] for summary in summaries))
+    return f"{summaries[0]['fleet']}, trace {traces}, {summaries[0]['num_requests']} requests"
+
+
+def print_where(lines: dict[str, Path]) -> None:
+    """Name the files that a command leaves behind."""
+    console = Console(highlight=False, soft_wrap=True)
+    for what, path in lines.items():
+        console.print(f"{what}: {path}", markup=False)

@@ -1,0 +1,163 @@
+"""`replay`: a trace through the router over real engines, or through the simulator; one report for both."""
+
+import asyncio
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from json import loads
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from besteffort.artifacts import files
+from besteffort.artifacts.profile_file import load_latency
+from besteffort.artifacts.rewards_file import load_rewards
+from besteffort.engines.child import Child, free_port
+from besteffort.engines.open_loop import Ledger, send_open_loop
+from besteffort.engines.running import Engines, Urls, running_engines, wait_until_healthy
+from besteffort.errors import UsageError
+from besteffort.fleet import Fleet, load_fleet
+from besteffort.policies import Policy, load_named_policy
+from besteffort.progress import Progress, SilentBar
+from besteffort.report import summarise, write_report
+from besteffort.request import Outcomes, Requests
+from besteffort.simulator import simulate
+from besteffort.trace import load_trace
+
+# A client that gives up; its request counts as failed.
+REQUEST_TIMEOUT_S = 600.0
+ROUTER_START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What to replay, where, and by which policy."""
+
+    trace: Path
+    fleet_dir: Path
+    policy: str | None  # a name or a file; None where a router at `url` has its own
+    profile: Path
+    rewards: Path
+    simulated: bool = False
+    url: str | None = None  # of a router that runs already
+    attached: Urls | None = None
+    name: str | None = None  # of the folder under replays/; by default made of the others
+    seed: int = 0
+
+
+def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
+    """Replay and write the report; returns its summary and its folder.
+
+    On Ctrl-C what was answered so far is reported all the same, before the interrupt goes on.
+
+    Raises:
+        InputError: the fleet, the trace, the rewards or the policy cannot be used.
+        EngineError: an engine or the router did not start.
+    """
+    fleet = load_fleet(spec.fleet_dir)
+    requests = load_trace(spec.trace, fleet)
+    rewards = load_rewards(spec.rewards, fleet)
+    # Loaded before any engine starts, so that a wrong one is told at once.
+    policy = _policy(spec, fleet)
+    policy_name = _policy_of_router(str(spec.url)) if policy is None else policy.name
+    interrupt = None
+    if policy is not None and spec.simulated:
+        latency = load_latency(spec.profile, fleet)
+        outcomes = simulate(requests, fleet, latency, policy.choose)
+    else:
+        outcomes, interrupt = _send(spec, fleet, requests, progress)
+    engine: Literal["simulated", "vllm"] = "simulated" if spec.simulated else "vllm"
+    trace_name = spec.trace.stem
+    summary = summarise(outcomes, fleet, rewards, policy=policy_name, trace=trace_name, engine=engine)
+    folder = _folder(spec, policy_name, engine)
+    write_report(folder, outcomes, summary, fleet, rewards, _facts(spec, interrupt is not None))
+    if interrupt is not None:
+        progress.say(f"interrupted; what was answered so far is in {folder}")
+        raise interrupt
+    return summary, folder
+
+
+def _policy(spec: Replay, fleet: Fleet) -> Policy | None:
+    """None where a router at a URL has its own."""
+    if spec.url is not None:
+        return None
+    if spec.policy is None:
+        raise UsageError("--policy is missing: name one, or attach to a router with --url")
+    rng = np.random.default_rng(spec.seed)
+    return load_named_policy(spec.policy, fleet, profile=spec.profile, rewards=spec.rewards, rng=rng)
+
+
+def _policy_of_router(url: str) -> str:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=10) as response:  # noqa: S310
+            return str(loads(response.read())["policy"])
+    except (OSError, urllib.error.URLError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--url {url}: no besteffort router answers there ({error}); "
+            "start one with `besteffort serve`, or leave --url out"
+        ) from None
+
+
+def _send(
+    spec: Replay, fleet: Fleet, requests: Requests, progress: Progress
+) -> tuple[Outcomes, KeyboardInterrupt | None]:
+    ledger = Ledger(requests, fleet)
+    with _router(spec, fleet, progress) as url:
+        title = f"Replaying {spec.trace.stem} by {spec.policy or url}"
+        with progress.bar(title, len(requests)) as bar:
+            rng = np.random.default_rng(spec.seed)
+            sending = send_open_loop(
+                requests, fleet, url, ledger, timeout_s=REQUEST_TIMEOUT_S, rng=rng, bar=bar
+            )
+            try:
+                asyncio.run(sending)
+            except KeyboardInterrupt as interrupt:
+                return ledger.outcomes(), interrupt
+    return ledger.outcomes(), None
+
+
+@contextmanager
+def _router(spec: Replay, fleet: Fleet, progress: Progress) -> Iterator[str]:
+    """The URL of the router: the one given, or one of our own over engines of our own."""
+    if spec.url is not None:
+        yield spec.url.rstrip("/")
+        return
+    with running_engines(fleet, spec.fleet_dir, spec.attached or {}, progress) as engines:
+        router, url = _start_router(spec, fleet, engines)
+        try:
+            wait_until_healthy([(router, url)], ROUTER_START_TIMEOUT_S, SilentBar())
+            yield url
+        finally:
+            router.stop()
+
+
+def _start_router(spec: Replay, fleet: Fleet, engines: Engines) -> tuple[Child, str]:
+    """In a process of its own, as in production: it does not share our interpreter's lock."""
+    port = free_port()
+    command = [sys.executable, "-m", "besteffort", "serve", str(spec.fleet_dir)]
+    command += ["--policy", str(spec.policy), "--port", str(port), "--seed", str(spec.seed)]
+    command += ["--profile", str(spec.profile), "--rewards", str(spec.rewards)]
+    for name, of_model in zip(fleet.model_names, engines, strict=True):
+        for engine in of_model:
+            command += ["--engine", f"{name}={engine.url}"]
+    log = spec.fleet_dir / "logs" / f"router-{port}.log"
+    return Child("the router", command, log, {}), f"http://127.0.0.1:{port}"
+
+
+def _folder(spec: Replay, policy_name: str, engine: str) -> Path:
+    name = spec.name or f"{spec.trace.stem}-{policy_name}-{engine}".replace(":", "-")
+    return spec.fleet_dir / "replays" / name
+
+
+def _facts(spec: Replay, interrupted: bool) -> dict[str, Any]:
+    inputs = {"trace": spec.trace, "rewards": spec.rewards}
+    if spec.simulated:
+        inputs["profile"] = spec.profile
+    if spec.policy is not None and Path(spec.policy).is_file():
+        inputs["policy"] = Path(spec.policy)
+    hashes = {f"{name}_sha256": files.sha256(path) for name, path in inputs.items()}
+    return {"stage": "replay", "seed": spec.seed, "interrupted": interrupted, **hashes}
