@@ -1,0 +1,46 @@
+# The words of this project; CI calls these and nothing else. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+# A machine with a GPU shows the three models on it; any other shows three tiny ones on the CPU.
+FLEET ?= $(if $(shell nvidia-smi -L 2>/dev/null),artifacts/one-gpu-opt,artifacts/tiny-opt-cpu)
+# Local evaluation files, if there are any; otherwise lm-eval takes them from the hub.
+DATA_DIR ?= $(wildcard ../shared/data/eval)
+BIN := .venv/bin
+SETUP := .venv/.made
+
+.PHONY: help setup demo test lint format lock clean
+
+help: ## List the words.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(SETUP) ## Install everything into .venv; nothing happens if it is up to date.
+
+$(SETUP): pyproject.toml requirements.lock packaging/setup.sh packaging/cpu-excludes.txt packaging/vllm-metadata/pyproject.toml
+	@PYTHON=$(PYTHON) bash packaging/setup.sh
+	@touch $@
+
+demo: $(SETUP) ## Profile, score, train, serve and replay a fleet, and compare policies on it.
+	@$(BIN)/besteffort demo $(FLEET) $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+
+test: $(SETUP) ## Run all tests, those on real vLLM servers included.
+	@echo "Testing besteffort: the library first, then the stages on real vLLM servers (about 8 minutes)"
+	@$(BIN)/pytest
+	@echo "All passed. Type 'make demo' to see the pipeline run, or see README.md."
+
+lint: $(SETUP) ## Check style, types and import floors.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: $(SETUP) ## Put the code into shape.
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: $(SETUP) ## Write down the versions that are installed and were tested.
+	@{ echo "# The versions tested on machines without a GPU (Python 3.11); 'make lock' writes this file."; \
+	   $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | grep -vE '^(vllm|uv|pip|setuptools) ?[@=]'; } \
+	   > requirements.lock
+
+clean: ## Remove what the stages made; .venv stays.
+	@git clean -qfdX artifacts traces
