@@ -50,7 +50,7 @@ class Recipe:
     replay_buffer_size: int = 1_000_000
     """transitions; the oldest are overwritten"""
     num_first_transitions: int = 20_000
-    """random decisions in the replay_buffer before the first gradient step"""
+    """decisions in the replay_buffer before the first gradient step, at the first epsilon"""
     first_epsilon: float = 1.0
     """share of random decisions at the first iteration"""
     last_epsilon: float = 0.05
@@ -88,7 +88,7 @@ RECIPES = {
     ),
 }
 
-# Held out from training: the seeds, of which the policy's tables must use neither.
+# A seed that no training draws from, and no table of results may use: the best network is chosen by it.
 EVALUATION_SEED = 2**31
 EVALUATION_RATES_PER_S = (0.5, 1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 40.0, 48.0)
 EVALUATION_NUM_REQUESTS = 400
@@ -332,7 +332,7 @@ class Trainer:
         )
         self._replay_buffer = ReplayBuffer(recipe.replay_buffer_size, encoding.size)
         self._workloads = evaluation_workloads(service.fleet)
-        self._random_until_filled = init is None and not self.resumed
+        self._explores = init is None
         self._saved_at = time.monotonic()
 
     def run(self, progress: Progress) -> Training:
@@ -342,10 +342,11 @@ class Trainer:
         with _torch_threads(recipe.num_threads), progress.bar("train", recipe.num_iterations) as bar:
             bar.advance(training.iteration)
             try:
-                observations = self._fill(bar)
-                for iteration in range(training.iteration, recipe.num_iterations):
-                    observations = self._iterate(observations, iteration)
-                    training.iteration = iteration + 1
+                if training.iteration < recipe.num_iterations:
+                    observations = self._fill(bar)
+                while training.iteration < recipe.num_iterations:
+                    observations = self._iterate(observations, training.iteration)
+                    training.iteration += 1
                     training.wall_s = time.monotonic() - began_at
                     bar.advance()
                     self._report_and_save(bar)
@@ -354,18 +355,23 @@ class Trainer:
                 raise
         return training
 
+    @property
+    def _epsilon(self) -> float:
+        """A given policy is not drowned in random decisions before it is trained further."""
+        recipe = self._recipe
+        return epsilon_at(recipe, self.training.iteration) if self._explores else recipe.last_epsilon
+
     def _fill(self, bar: Bar) -> NDArray[np.float32]:
         """Fill the replay_buffer so far that sampling from it makes sense."""
         bar.describe("filling the replay buffer")
         observations = self._environment.reset()
         wanted = min(self._recipe.num_first_transitions, self._recipe.replay_buffer_size)
-        epsilon = 1.0 if self._random_until_filled else epsilon_at(self._recipe, self.training.iteration)
         while len(self._replay_buffer) < wanted:
-            observations = self._decide(observations, epsilon)
+            observations = self._decide(observations, self._epsilon)
         return observations
 
     def _iterate(self, observations: NDArray[np.float32], iteration: int) -> NDArray[np.float32]:
-        observations = self._decide(observations, epsilon_at(self._recipe, iteration))
+        observations = self._decide(observations, self._epsilon)
         self._learner.learn(self._replay_buffer.sample(self._recipe.batch_size, self._rng), iteration)
         return observations
 
@@ -390,8 +396,7 @@ class Trainer:
         if training.iteration % 100 == 0 or last:
             reached = f"{training.curve[-1].performance:.3f}" if training.curve else "not yet known"
             rate = training.iteration / training.wall_s
-            epsilon = epsilon_at(recipe, training.iteration)
-            bar.describe(f"performance {reached}, epsilon {epsilon:.2f}, {rate:.0f} iterations/s")
+            bar.describe(f"performance {reached}, epsilon {self._epsilon:.2f}, {rate:.0f} iterations/s")
         if last or time.monotonic() - self._saved_at > CHECKPOINT_EVERY_S:
             self._save()
 

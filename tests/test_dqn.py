@@ -1,0 +1,283 @@
+"""Double Q-learning by hand, and training from end to end with a tiny recipe."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from besteffort import dqn
+from besteffort.artifacts.files import provenance, sha256
+from besteffort.artifacts.policy_file import load_policy
+from besteffort.artifacts.profile_file import save_samples
+from besteffort.artifacts.rewards_file import read_given_rewards, save_rewards
+from besteffort.dqn import (
+    RECIPES,
+    Checkpoints,
+    Learner,
+    Recipe,
+    ReplayBuffer,
+    Trainer,
+    double_q_targets,
+    epsilon_at,
+    evaluation_workloads,
+    export_network,
+    import_network,
+    make_network,
+)
+from besteffort.environment import Policy, Service, Transitions, evaluate
+from besteffort.errors import PolicyError, UsageError
+from besteffort.fleet import load_fleet
+from besteffort.latency import Sample, fit_latency
+from besteffort.progress import Silent
+from besteffort.q_network import QNetwork
+from besteffort.stages.train import train
+
+REPO = Path(__file__).parent.parent
+TINY = Recipe(
+    num_iterations=60,
+    hidden_sizes=(16, 16),
+    batch_size=32,
+    replay_buffer_size=2000,
+    num_first_transitions=200,
+    target_update_every=10,
+    num_fleets=4,
+    num_requests=100,
+    evaluate_every=30,
+)
+STEP_MS = {"opt-3m": (3.0, 4.0, 5.0), "opt-22m": (6.0, 12.0, 20.0), "opt-90m": (15.0, 35.0, 60.0)}
+PREFILL_MS = {"opt-3m": (3.0, 0.05), "opt-22m": (8.0, 0.1), "opt-90m": (20.0, 0.4)}
+
+
+def make_samples() -> list[Sample]:
+    def cell(kind, model, batch_size, num_prompt_tokens, ms, busy=()):  # type: ignore[no-untyped-def]
+        return Sample(kind, model, batch_size, num_prompt_tokens, busy, ms, 0.0, ms, ms, 1, "modelled")
+
+    samples = []
+    for model, steps in STEP_MS.items():
+        samples += [cell("decode", model, b, 32, ms) for b, ms in zip((1, 8, 16), steps, strict=True)]
+        base, per_token = PREFILL_MS[model]
+        samples += [cell("prefill", model, 1, n, base + per_token * n) for n in (16, 64)]
+        others = tuple(name for name in STEP_MS if name != model)
+        samples.append(cell("interference", model, 8, 32, 1.5 * steps[1], others))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def fleet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CPU fleet with a made-up profile and the paper's rewards."""
+    folder = tmp_path_factory.mktemp("tiny-opt-cpu")
+    text = (REPO / "artifacts/tiny-opt-cpu/fleet.toml").read_text(encoding="utf-8")
+    (folder / "fleet.toml").write_text(text, encoding="utf-8")
+    fleet = load_fleet(folder)
+    save_samples(folder / "profile.parquet", make_samples(), provenance())
+    given = read_given_rewards(REPO / "artifacts/titan-rtx-opt/rewards.csv", fleet)
+    save_rewards(folder / "rewards.parquet", given, fleet, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(fleet_dir: Path) -> Service:
+    fleet = load_fleet(fleet_dir)
+    rewards = read_given_rewards(REPO / "artifacts/titan-rtx-opt/rewards.csv", fleet)
+    return Service(fleet, fit_latency(make_samples(), fleet.model_names), rewards)
+
+
+def linear(weight: list[list[float]]) -> nn.Sequential:
+    return import_network(
+        QNetwork((np.array(weight, dtype=np.float32).T.copy(),), (np.zeros(len(weight), dtype=np.float32),))
+    )
+
+
+def assert_same_network(a: QNetwork, b: QNetwork) -> None:
+    for left, right in zip(a.weights + a.biases, b.weights + b.biases, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_action_comes_from_the_online_network_and_the_value_from_the_target_network() -> None:
+    online = linear([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    target = linear([[10.0, 0.0], [3.0, 7.0], [90.0, 90.0]])
+    following = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    # Online prefers action 0, then action 1. The target's own maximum would be 90, then 180.
+    targets = double_q_targets(online, target, torch.tensor([1.0, 2.0]), following, 0.9)
+    torch.testing.assert_close(targets, torch.tensor([1 + 0.9 * 10, 2 + 0.9 * 14]))
+
+
+def test_the_target_network_follows_only_when_its_update_is_due() -> None:
+    recipe = replace(TINY, target_update_every=3)
+    learner = Learner(make_network((2, 4, 2), np.random.default_rng(0)), recipe)
+    before = export_network(learner.target)
+    rng = np.random.default_rng(1)
+    for iteration in range(3):
+        assert_same_network(export_network(learner.target), before)
+        inputs = [torch.from_numpy(rng.random((8, 2), dtype=np.float32)) for _ in range(2)]
+        actions = torch.from_numpy(rng.integers(0, 2, 8))
+        learner.learn((inputs[0], actions, torch.ones(8), inputs[1]), iteration)
+    assert_same_network(export_network(learner.target), export_network(learner.online))
+    assert not np.array_equal(before.weights[0], export_network(learner.target).weights[0])
+
+
+def test_q_values_come_to_the_discounted_sum_of_constant_rewards() -> None:
+    recipe = replace(TINY, discount=0.5, learning_rate=0.01, num_iterations=600)
+    learner = Learner(make_network((1, 8, 1), np.random.default_rng(0)), recipe)
+    one = torch.ones((4, 1))
+    for iteration in range(600):
+        learner.learn((one, torch.zeros(4, dtype=torch.int64), torch.full((4,), 3.0), one), iteration)
+    assert learner.online(one)[0].item() == pytest.approx(3.0 / (1 - 0.5), rel=0.02)
+
+
+def test_the_exported_network_computes_what_the_torch_network_does() -> None:
+    network = make_network((5, 16, 16, 3), np.random.default_rng(0))
+    inputs = np.random.default_rng(1).random((10, 5), dtype=np.float32)
+    expected = network(torch.from_numpy(inputs)).detach().numpy()
+    exported = export_network(network)
+    np.testing.assert_allclose(exported(inputs), expected, rtol=1e-5, atol=1e-6)
+    assert_same_network(export_network(import_network(exported)), exported)
+
+
+def test_the_replay_buffer_keeps_the_latest_transitions() -> None:
+    buffer = ReplayBuffer(4, 1)
+    for start in (0, 3):
+        values = np.arange(start, start + 3)
+        column = values[:, None].astype(np.float32)
+        buffer.add(Transitions(column, values, values.astype(np.float32), column + 1))
+    assert len(buffer) == 4
+    observations, actions, rewards, following = buffer.sample(200, np.random.default_rng(0))
+    assert set(actions.tolist()) == {2, 3, 4, 5}
+    torch.testing.assert_close(observations[:, 0], rewards)
+    torch.testing.assert_close(following[:, 0], rewards + 1)
+
+
+def test_epsilon_falls_linearly_and_stays() -> None:
+    recipe = replace(TINY, num_iterations=100, first_epsilon=1.0, last_epsilon=0.1, epsilon_decay_share=0.5)
+    assert [epsilon_at(recipe, i) for i in (0, 25, 50, 100)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
+
+
+def test_the_paper_recipe_has_the_papers_numbers() -> None:
+    recipe = RECIPES["paper"]
+    assert (recipe.discount, recipe.learning_rate, recipe.batch_size) == (0.99, 1e-4, 1024)
+    assert (recipe.target_update_every, recipe.num_iterations) == (500, 1_200_000)
+    assert recipe.hidden_sizes == (256, 256)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(service: Service) -> None:
+    first, again, other = (Trainer(service, TINY, seed).run(Silent()) for seed in (1, 1, 2))
+    assert_same_network(first.best, again.best)
+    assert [e.performance for e in first.curve] == [e.performance for e in again.curve]
+    assert not np.array_equal(first.best.weights[0], other.best.weights[0])
+
+
+def test_training_leaves_the_global_generators_alone(service: Service) -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    Trainer(service, replace(TINY, num_iterations=5), 0).run(Silent())
+    assert torch.equal(before[0], torch.get_rng_state())
+    np.testing.assert_array_equal(before[1], np.random.get_state()[1])
+
+
+def test_a_short_training_beats_every_static_model(service: Service) -> None:
+    recipe = replace(RECIPES["demo"], num_iterations=1000, evaluate_every=250)
+    training = Trainer(service, recipe, 0).run(Silent())
+    workloads = [w for seed in (1, 2) for w in evaluation_workloads(service.fleet, seed)]
+
+    def performance(policy: Policy) -> float:
+        return float(evaluate(service, training.encoding, workloads, policy).mean())
+
+    reached = performance(lambda inputs: training.best(inputs).argmax(axis=1))
+    static = [performance(lambda inputs, m=m: np.full(len(inputs), m)) for m in range(3)]  # type: ignore[misc]
+    assert reached > max(static) + 0.03
+
+
+class StopsAt:
+    """Interrupts a training at an iteration, as Ctrl-C does."""
+
+    def __init__(self, iteration: int) -> None:
+        self.left = iteration
+
+    def __enter__(self) -> "StopsAt":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def bar(self, title: str, num_steps: int) -> "StopsAt":
+        return self
+
+    def say(self, line: str) -> None:
+        pass
+
+    def describe(self, text: str) -> None:
+        pass
+
+    def advance(self, num_steps: int = 1) -> None:
+        self.left -= num_steps
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_goes_on_where_it_was(service: Service, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "a.safetensors", {"seed": 1})
+    stopped = Trainer(service, TINY, 1, checkpoints=checkpoints)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run(StopsAt(45))
+    resumed = Trainer(service, TINY, 1, checkpoints=checkpoints)
+    assert resumed.resumed
+    assert resumed.training.iteration == stopped.training.iteration == 46
+    assert [e.iteration for e in resumed.training.curve] == [30]
+    assert_same_network(resumed.training.best, stopped.training.best)
+    for name, tensor in stopped._learner.tensors().items():
+        assert torch.equal(tensor, resumed._learner.tensors()[name]), name
+    assert [e.iteration for e in resumed.run(Silent()).curve] == [30, 60]
+
+
+def test_a_checkpoint_of_other_inputs_or_a_damaged_one_is_not_continued(
+    service: Service, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    Trainer(service, TINY, 1, checkpoints=Checkpoints(path, {"seed": 1})).run(Silent())
+    assert Trainer(service, TINY, 1, checkpoints=Checkpoints(path, {"seed": 1})).resumed
+    assert not Trainer(service, TINY, 1, checkpoints=Checkpoints(path, {"seed": 2})).resumed
+    path.write_bytes(path.read_bytes()[:100])
+    assert not Trainer(service, TINY, 1, checkpoints=Checkpoints(path, {"seed": 1})).resumed
+
+
+def test_the_stage_writes_a_policy_that_says_where_it_comes_from(
+    fleet_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
+    trained = train(fleet_dir, recipe="tiny", seed=3, progress=Silent())
+    loaded = load_policy(fleet_dir / "policy.safetensors", load_fleet(fleet_dir))
+    assert_same_network(loaded.network, trained.network)
+    facts = loaded.facts
+    assert facts["recipe_name"] == "tiny"
+    assert facts["recipe"]["batch_size"] == 32
+    assert (facts["seed"], facts["iterations"]) == (3, 60)
+    assert facts["sha256"]["profile"] == sha256(fleet_dir / "profile.parquet")
+    assert [iteration for iteration, _ in facts["evaluation_curve"]] == [30, 60]
+    assert (fleet_dir / "train.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((fleet_dir / "train").iterdir())  # the checkpoint has served its purpose
+
+
+def test_a_soft_policy_is_trained_further_from_a_hard_one(
+    fleet_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dqn.RECIPES, "tiny", replace(TINY, learning_rate=0.0))
+    hard = tmp_path / "hard.safetensors"
+    first = train(fleet_dir, recipe="tiny", output=hard, progress=Silent())
+    text = (fleet_dir / "fleet.toml").read_text(encoding="utf-8")
+    (tmp_path / "fleet.toml").write_text(text.replace('"hard"', '"soft"'), encoding="utf-8")
+    profile, rewards = fleet_dir / "profile.parquet", fleet_dir / "rewards.parquet"
+    soft = train(tmp_path, recipe="tiny", init=hard, profile=profile, rewards=rewards, progress=Silent())
+    assert_same_network(soft.network, first.network)  # at a learning rate of 0 nothing changes
+    assert soft.facts["sha256"]["init"] == sha256(hard)
+    tighter = re.sub(r"deadline_ms_per_token = \d+", "deadline_ms_per_token = 7", text)
+    (tmp_path / "fleet.toml").write_text(tighter, encoding="utf-8")
+    with pytest.raises(PolicyError, match="trained for deadlines"):
+        train(tmp_path, recipe="tiny", init=hard, profile=profile, rewards=rewards, progress=Silent())
+
+
+def test_an_unknown_recipe_is_refused_with_those_there_are(fleet_dir: Path) -> None:
+    with pytest.raises(UsageError, match="choose one of paper, demo"):
+        train(fleet_dir, recipe="best", progress=Silent())
