@@ -142,13 +142,7 @@ def _load(task: Task, data_dir: Path | None, limit: int | None, scratch: Path) -
             f"task {task.name!r}: lm-eval cannot load {task.lm_eval_task!r} from {source} "
             f"({_first_line(error)}); {mend}"
         ) from None
-    if list(found) != [task.lm_eval_task]:
-        raise FleetError(
-            f"task {task.name!r}: lm-eval's {task.lm_eval_task!r} is a group of tasks; "
-            f"name one of them in lm_eval_task, such as {next(iter(found), 'piqa')!r}"
-        )
-    loaded = found[task.lm_eval_task]
-    _check_metric(task, loaded.aggregation())
+    loaded = _the_only(found, task)
     loaded.set_config(key="num_fewshot", value=0)
     try:
         loaded.build_all_requests(limit=limit)
@@ -157,6 +151,24 @@ def _load(task: Task, data_dir: Path | None, limit: int | None, scratch: Path) -
             f"task {task.name!r}: lm-eval cannot make prompts of the documents of {source} "
             f"({_first_line(error)}); mend them"
         ) from None
+    return loaded
+
+
+def _the_only(found: Mapping[str, Any], task: Task) -> Any:
+    """The loaded task, which must be one, and report the metric."""
+    if list(found) != [task.lm_eval_task]:
+        raise FleetError(
+            f"task {task.name!r}: lm-eval's {task.lm_eval_task!r} is a group of tasks; "
+            f"name one of them in lm_eval_task, such as {next(iter(found), 'piqa')!r}"
+        )
+    loaded = found[task.lm_eval_task]
+    reported = loaded.aggregation()
+    # A metric may name lm-eval's filter too, as in "exact_match,strict-match".
+    if task.metric.partition(",")[0] not in reported:
+        raise FleetError(
+            f"task {task.name!r}: lm-eval does not report the metric {task.metric!r} for "
+            f"{task.lm_eval_task!r}; set metric to one of {', '.join(sorted(reported))}"
+        )
     return loaded
 
 
@@ -197,15 +209,6 @@ def _task_file(task: Task, data_dir: Path | None, scratch: Path) -> Path:
     path = scratch / f"{task.lm_eval_task}.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     return path
-
-
-def _check_metric(task: Task, reported: Mapping[str, Any]) -> None:
-    # A metric may name lm-eval's filter too, as in "exact_match,strict-match".
-    if task.metric.partition(",")[0] not in reported:
-        raise FleetError(
-            f"task {task.name!r}: lm-eval does not report the metric {task.metric!r} for "
-            f"{task.lm_eval_task!r}; set metric to one of {', '.join(sorted(reported))}"
-        )
 
 
 def open_client(engine: Engine, tokenizer: str, *, batch_size: int, max_model_len: int) -> Any:

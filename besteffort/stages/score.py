@@ -193,7 +193,7 @@ def _measure_all(
                 bar.advance()
                 if accuracy.num_cut_prompts:
                     progress.say(
-                        f"{model.name}, {task.name}: {accuracy.num_cut_prompts} prompts lost their "
+                        f"{model.name}, {task.name}: {accuracy.num_cut_prompts} of its prompts lost the "
                         "beginning, to fit into the server's context (engine.max_model_len)"
                     )
 
@@ -203,7 +203,7 @@ def _report(fleet: Fleet, rewards: Rewards, output: Path, progress: Progress) ->
     width = max(len(name) for name in fleet.task_names)
     for t, task in enumerate(fleet.tasks):
         cells = [
-            f"{model.name} {rewards.values[t, m]:.3f} ± {rewards.standard_errors[t, m]:.3f}"
+            f"{model.name} {rewards.values[t, m]:.3f} ± {_shown(rewards.standard_errors[t, m])}"
             for m, model in enumerate(fleet.models)
         ]
         about = f"({task.metric}, {rewards.num_documents[t].max()} documents)"
@@ -213,3 +213,7 @@ def _report(fleet: Fleet, rewards: Rewards, output: Path, progress: Progress) ->
         progress.say(
             f"{', '.join(random)}: random weights score at chance: use --rewards of another fleet for routing"
         )
+
+
+def _shown(standard_error: float) -> str:
+    return "?" if np.isnan(standard_error) else f"{standard_error:.3f}"
