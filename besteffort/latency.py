@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 class Latency:
     """Latencies of `M` models that share each device.
 
-    A step makes one token for every running request of a model. A prompt's prefill holds up the
-    model's running requests for its duration. While other models of the same device are busy, both
-    take longer by `slowdown`.
+    A step makes one token for every running request of a model, and reads the prompts that wait, which
+    makes it longer. While other models of the same device are busy, all steps take longer by
+    `slowdown`.
     """
 
     batch_sizes: NDArray[np.int64]  # (B,) rising, from 1: where `step_ms` was measured
     step_ms: NDArray[np.float64]  # (M, B) the model alone on its device
-    prefill_base_ms: NDArray[np.float64]  # (M,) of a prompt of no tokens
+    prefill_base_ms: NDArray[np.float64]  # (M,) to the first token of an empty prompt, a step included
     prefill_ms_per_token: NDArray[np.float64]  # (M,)
     slowdown: NDArray[np.float64]  # (M, 2**M) by the bit set of busy models on the device; >= 1
 

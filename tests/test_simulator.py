@@ -53,7 +53,7 @@ def random_requests(rng: np.random.Generator, num_requests: int, mean_gap_ms: fl
     return Requests(
         arrived_at=np.cumsum(rng.exponential(mean_gap_ms, num_requests)) / 1000,
         task=np.zeros(num_requests, dtype=np.int64),
-        num_prompt_tokens=rng.integers(1, 40, num_requests),
+        num_prompt_tokens=rng.integers(1, 40, num_requests) * rng.choice([1, 30], num_requests),
         num_output_tokens=rng.integers(1, 30, num_requests),
     )
 
@@ -83,11 +83,33 @@ def test_a_request_for_one_token_ends_with_its_prefill() -> None:
     np.testing.assert_allclose(served((100, 10, 1), models=(0,)), [[109, 109]])
 
 
-def test_a_second_prompt_holds_up_the_decoding_and_then_both_share_the_steps() -> None:
-    # First token at 9. At 13, 2 of 10 steps are done; the prefill lasts till 18. Both then take 3 ms
-    # steps: the second needs 2 (24), the first has 8 - 2 = 6 left, alone again at 2 ms each (36).
+def test_a_second_prompt_is_read_in_a_step_that_decodes_too_and_then_both_share_the_steps() -> None:
+    # First token at 9. At 13, 2 of 10 steps are done. Reading the second prompt takes 5 ms, and 1 more
+    # for a batch of 2 instead of 1: till 19, with one step more done for the first. Both then take
+    # 3 ms steps: the second needs 2 (25), the first has 7 - 2 = 5 left, alone at 2 ms each (35).
     took = served((0, 10, 11), (13, 2, 3), models=(0, 0))
-    np.testing.assert_allclose(took, [[9, 36], [18, 24]])
+    np.testing.assert_allclose(took, [[9, 35], [19, 25]])
+
+
+def test_prompts_that_wait_are_read_together_as_far_as_there_are_seats() -> None:
+    # The first is read till 9, the two behind it in one step: 4 + 0.5 * 20 ms, and 2 more for a batch
+    # of 3: till 25, when the first has its second token; then all need steps of 4 ms.
+    took = served((0, 10, 3), (1, 10, 2), (2, 10, 2), models=(0, 0, 0))
+    np.testing.assert_allclose(took, [[9, 29], [25, 29], [25, 29]])
+    one_seat_left = make_fleet(max_num_seqs=2)
+    took = served((0, 10, 9), (1, 10, 2), (2, 10, 2), models=(0, 0, 0), fleet=one_seat_left)
+    assert took[1, 0] < took[2, 0]
+
+
+def test_no_step_reads_more_prompt_tokens_than_the_engine_batches() -> None:
+    took = served((0, 10, 2), (1, 1500, 1), (2, 1500, 1), models=(0, 0, 0))
+    assert took[1, 0] < took[2, 0]
+
+
+def test_a_step_with_a_prompt_never_takes_less_than_one_without() -> None:
+    latency = Latency(np.array([1]), np.array([[10.0], [10.0]]), np.zeros(2), np.zeros(2), np.ones((2, 4)))
+    outcomes = simulate_choices(make_requests((0, 1, 3)), make_fleet(), latency, np.array([0]))
+    np.testing.assert_allclose(first_and_last_ms(outcomes), [[10, 30]])
 
 
 def test_models_that_share_a_device_slow_each_other_down_while_both_are_busy() -> None:
@@ -110,9 +132,11 @@ def test_no_more_than_max_num_seqs_run_and_the_next_begins_when_one_ends() -> No
     np.testing.assert_allclose(took, [[9, 13], [22, 26], [35, 35]])
 
 
-def test_equal_requests_that_arrive_together_end_together() -> None:
+def test_of_two_requests_that_arrive_together_the_first_is_read_alone() -> None:
     took = served((0, 10, 5), (0, 10, 5), models=(0, 0))
-    np.testing.assert_allclose(took, [[9, 30], [18, 30]])
+    # The first is read alone, till 9; the second till 19, with one token more for the first. Then
+    # 3 steps of 3 ms for both (28), and 1 of 2 ms for the second.
+    np.testing.assert_allclose(took, [[9, 28], [19, 30]])
 
 
 def test_a_completion_at_the_instant_of_an_arrival_comes_first() -> None:
@@ -164,13 +188,13 @@ class SlowReplica:
     model: int
     device: int
     waiting: list[int] = field(default_factory=list)
-    prefilling: int | None = None
+    prefilling: list[int] = field(default_factory=list)
     prefill_left_ms: float = 0.0
     steps_left: dict[int, float] = field(default_factory=dict)
 
     @property
     def in_flight(self) -> int:
-        return len(self.waiting) + (self.prefilling is not None) + len(self.steps_left)
+        return len(self.waiting) + len(self.prefilling) + len(self.steps_left)
 
 
 class SlowFleet:
@@ -197,16 +221,25 @@ class SlowFleet:
 
     def start_prefills(self) -> None:
         for replica in self.replicas:
-            room = len(replica.steps_left) < self.fleet.models[replica.model].max_num_seqs
-            if replica.prefilling is None and replica.waiting and room:
-                request = replica.prefilling = replica.waiting.pop(0)
-                prompt = self.requests.num_prompt_tokens[[request]]
-                replica.prefill_left_ms = float(self.latency.prefill_ms(prompt)[replica.model, 0])
+            if replica.prefilling:
+                continue
+            room = self.fleet.models[replica.model].max_num_seqs - len(replica.steps_left)
+            prompts = self.requests.num_prompt_tokens[replica.waiting[:room]]
+            fits = [n for n in range(1, len(prompts) + 1) if n == 1 or prompts[:n].sum() <= 2048]
+            if fits:
+                replica.prefilling = [replica.waiting.pop(0) for _ in range(max(fits))]
+                replica.prefill_left_ms = self.prefill_ms(replica, prompts[: max(fits)].sum())
+
+    def prefill_ms(self, replica: SlowReplica, num_tokens: int) -> float:
+        steps_ms = self.steps_ms[replica.model]
+        alone_ms = self.latency.prefill_ms(np.array([num_tokens]))[replica.model, 0]
+        batch = len(replica.prefilling) + len(replica.steps_left)
+        return float(max(alone_ms, steps_ms[1]) + steps_ms[batch] - steps_ms[1])
 
     def next_event_in_ms(self) -> float:
         waits = [np.inf]
         for replica in self.replicas:
-            if replica.prefilling is not None:
+            if replica.prefilling:
                 waits.append(replica.prefill_left_ms * self.slowdown(replica))
             elif replica.steps_left:
                 waits.append(min(replica.steps_left.values()) * self.step_ms(replica))
@@ -216,7 +249,7 @@ class SlowFleet:
         self.now_ms += elapsed_ms
         paces = [(self.slowdown(replica), self.step_ms(replica)) for replica in self.replicas]
         for replica, (slowdown, step_ms) in zip(self.replicas, paces, strict=True):
-            if replica.prefilling is not None:
+            if replica.prefilling:
                 replica.prefill_left_ms -= elapsed_ms / slowdown
             else:
                 for request in replica.steps_left:
@@ -224,12 +257,14 @@ class SlowFleet:
 
     def finish_what_is_done(self) -> None:
         for replica in self.replicas:
-            if replica.prefilling is not None and replica.prefill_left_ms < 1e-9:
-                self.first_ms[replica.prefilling] = self.now_ms
-                steps = self.requests.num_output_tokens[replica.prefilling] - 1
-                replica.steps_left[replica.prefilling] = float(steps)
-                replica.prefilling = None
-            if replica.prefilling is None:
+            if replica.prefilling and replica.prefill_left_ms < 1e-9:
+                for request in replica.steps_left:
+                    replica.steps_left[request] -= 1
+                for request in replica.prefilling:
+                    self.first_ms[request] = self.now_ms
+                    replica.steps_left[request] = float(self.requests.num_output_tokens[request] - 1)
+                replica.prefilling = []
+            if not replica.prefilling:
                 for request in [r for r, left in replica.steps_left.items() if left < 1e-9]:
                     self.last_ms[request] = self.now_ms
                     del replica.steps_left[request]

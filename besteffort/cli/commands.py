@@ -20,7 +20,7 @@ from besteffort.cli.options import (
 
 
 def register(app: typer.Typer) -> None:
-    for command in (profile, score, train, serve, replay):
+    for command in (profile, score, train, serve, replay, demo, doctor):
         app.command()(command)
 
 
@@ -215,3 +215,63 @@ def replay(
         return
     print_comparison([summary])
     print_where({"Look at": folder / "report.html"})
+
+
+def demo(
+    fleet_dir: FleetDir,
+    rewards: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For routing, instead of the paper's Table 1 (titan-rtx-opt)."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Evaluation files, instead of those of the hub.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure and train anew, whatever is there.")
+    ] = False,
+) -> None:
+    """Run every stage once on a fleet that is started once, and compare policies on a real replay.
+
+    \b
+    Example:
+      besteffort demo artifacts/tiny-opt-cpu
+    """
+    from besteffort.cli.tables import print_comparison, print_where
+    from besteffort.stages.demo import Demo, run_demo
+
+    progress = ConsoleProgress()
+    progress.say(f"Demo on {fleet_dir}: profile, score, train, serve and replay, on real vLLM servers.")
+    progress.say("It takes about 9 minutes the first time; what it measures and trains is used again.")
+    spec = Demo(
+        fleet_dir=fleet_dir,
+        rewards=rewards or fleet_dir.parent / "titan-rtx-opt" / "rewards.parquet",
+        data_dir=data_dir,
+        trace=Path("traces") / f"demo-{fleet_dir.name}.parquet",
+        fresh=fresh,
+    )
+    print_comparison(run_demo(spec, progress))
+    print_where(
+        {
+            "Profile": spec.profile,
+            "Accuracies": spec.measured_rewards,
+            "Policy": spec.policy,
+            "Training": fleet_dir / "train.png",
+            "Trace": spec.trace,
+            "Replays": fleet_dir / "replays",
+            "Look at": spec.comparison / "comparison.html",
+            "Type next": f".venv/bin/besteffort serve {fleet_dir} --policy {spec.policy}",
+        }
+    )
+
+
+def doctor() -> None:
+    """Say what is installed, what hardware is seen, and what would run.
+
+    \b
+    Example:
+      besteffort doctor
+    """
+    from besteffort.cli.tables import print_findings
+    from besteffort.stages.doctor import doctor
+
+    print_findings(doctor())

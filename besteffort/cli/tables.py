@@ -1,10 +1,10 @@
 """Results for a person, on standard output."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from besteffort.report import comparison_table
@@ -30,8 +30,15 @@ def _title(summaries: Sequence[dict[str, Any]]) -> str:
     return f"{summaries[0]['fleet']}, trace {traces}, {summaries[0]['num_requests']} requests"
 
 
-def print_where(lines: dict[str, Path]) -> None:
-    """Name the files that a command leaves behind."""
+def print_findings(findings: Sequence[tuple[str, str, str]]) -> None:
+    drawn = Table("what", "found", "remark")
+    for finding in findings:
+        drawn.add_row(*(escape(cell) for cell in finding))
+    Console(highlight=False).print(drawn)
+
+
+def print_where(lines: Mapping[str, object]) -> None:
+    """Name the files that a command leaves behind, or what to type next."""
     console = Console(highlight=False, soft_wrap=True)
     for what, path in lines.items():
         console.print(f"{what}: {path}", markup=False)

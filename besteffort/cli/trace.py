@@ -22,6 +22,7 @@ app = typer.Typer(
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The Parquet trace to write.")]
 
+
 @app.command()
 def generate(
     workload: Annotated[

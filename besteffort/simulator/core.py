@@ -20,6 +20,7 @@ Records = NDArray[np.void]
 Ints = NDArray[np.int64]
 
 NONE = -1
+MAX_BATCHED_TOKENS = 2048  # of prompts that one step reads: vLLM's default, whatever the model
 END_MS = 1e300  # after every event there is, and before the infinity of an idle device
 
 
@@ -58,7 +59,8 @@ REPLICA = np.dtype(
         ("first_seat", "i8"),
         ("in_flight", "i8"),  # waiting, prefilling and decoding
         ("num_decoding", "i8"),
-        ("prefilling", "i8"),  # the request whose prompt is being read, or NONE
+        ("prefilling", "i8"),  # the first request whose prompt is being read, or NONE
+        ("num_prefilling", "i8"),  # it and those behind it that are read in the same step
         ("first_waiting", "i8"),
         ("last_waiting", "i8"),
         ("tokens", "f8"),  # made by each decoding request since the replica last was idle
@@ -225,20 +227,43 @@ def _schedule(state: State, device: int) -> None:
 
 
 @compiled
+def _begin_prefill(state: State, replica: int) -> float:
+    """Take as many waiting prompts as there are seats, into one step; returns its work in ms.
+
+    Such a step decodes too, as vLLM's chunked prefill does. It takes what these prompts take alone,
+    and what a step of the whole batch takes beyond one of a single request.
+    """
+    model, num_decoding = state.replicas[replica]["model"], state.replicas[replica]["num_decoding"]
+    num_seats = state.models[model]["max_num_seqs"] - num_decoding
+    request = state.replicas[replica]["first_waiting"]
+    state.replicas[replica]["prefilling"] = request
+    num_prompts, num_tokens = 0, 0
+    while request != NONE and num_prompts < num_seats:
+        num_more = state.requests[request]["num_prompt_tokens"]
+        if num_prompts > 0 and num_tokens + num_more > MAX_BATCHED_TOKENS:
+            break
+        num_prompts, num_tokens = num_prompts + 1, num_tokens + num_more
+        request = state.requests[request]["next_waiting"]
+    state.replicas[replica]["num_prefilling"] = num_prompts
+    state.replicas[replica]["first_waiting"] = request
+    per_token_ms = state.models[model]["prefill_ms_per_token"]
+    alone_ms = state.models[model]["prefill_base_ms"] + per_token_ms * num_tokens
+    single_ms = state.step_ms[model, 1]
+    batch_ms = state.step_ms[model, num_decoding + num_prompts]
+    return float(max(alone_ms, single_ms) + (batch_ms - single_ms))
+
+
+@compiled
 def _next_work(state: State, replica: int) -> None:
     """Begin the next prefill if one waits and has a seat; else decode on; else be idle."""
     model = state.replicas[replica]["model"]
     site = state.replicas[replica]["device"] * len(state.models) + model
     work_ms = state.sites[site]["work_ms"]
     num_decoding = state.replicas[replica]["num_decoding"]
-    request = state.replicas[replica]["first_waiting"]
+    waits = state.replicas[replica]["first_waiting"] != NONE
     mark_ms = np.inf
-    if request != NONE and num_decoding < state.models[model]["max_num_seqs"]:
-        state.replicas[replica]["first_waiting"] = state.requests[request]["next_waiting"]
-        state.replicas[replica]["prefilling"] = request
-        per_token_ms = state.models[model]["prefill_ms_per_token"]
-        prompt_ms = per_token_ms * state.requests[request]["num_prompt_tokens"]
-        mark_ms = work_ms + (state.models[model]["prefill_base_ms"] + prompt_ms)
+    if waits and num_decoding < state.models[model]["max_num_seqs"]:
+        mark_ms = work_ms + _begin_prefill(state, replica)
     elif num_decoding > 0:
         state.replicas[replica]["tokens_at_ms"] = work_ms
         ends_at = state.seats[state.replicas[replica]["first_seat"]]["tokens"]
@@ -282,15 +307,19 @@ def _complete(state: State, replica: int, request: int, now_ms: float) -> None:
 
 @compiled
 def _end_prefill(state: State, replica: int, now_ms: float) -> None:
-    """The prompt is read and the first token is there; a step makes each of the others."""
+    """The prompts are read and their first tokens are there; those that decoded got one too."""
+    state.replicas[replica]["tokens"] += 1.0
     request = state.replicas[replica]["prefilling"]
+    base, num_decoding = state.replicas[replica]["first_seat"], state.replicas[replica]["num_decoding"]
+    for _ in range(state.replicas[replica]["num_prefilling"]):
+        state.requests[request]["first_token_at_ms"] = now_ms
+        num_steps = state.requests[request]["num_output_tokens"] - 1
+        _push_seat(state.seats, base, num_decoding, state.replicas[replica]["tokens"] + num_steps, request)
+        num_decoding += 1
+        request = state.requests[request]["next_waiting"]
+    state.replicas[replica]["num_decoding"] = num_decoding
     state.replicas[replica]["prefilling"] = NONE
-    state.requests[request]["first_token_at_ms"] = now_ms
-    num_steps = state.requests[request]["num_output_tokens"] - 1
-    num_decoding = state.replicas[replica]["num_decoding"]
-    ends_at = state.replicas[replica]["tokens"] + num_steps
-    _push_seat(state.seats, state.replicas[replica]["first_seat"], num_decoding, ends_at, request)
-    state.replicas[replica]["num_decoding"] = num_decoding + 1
+    state.replicas[replica]["num_prefilling"] = 0
 
 
 @compiled

@@ -1,0 +1,74 @@
+"""What several test modules share: small fleets in memory, and one real fleet on vLLM for all."""
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from besteffort.engines.running import Engines, running_engines
+from besteffort.fleet import Fleet, load_fleet
+from besteffort.progress import Silent
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class TinyEngines:
+    """The shipped fleet `tiny-opt-cpu`, running, in a folder of the tests' own."""
+
+    fleet_dir: Path
+    fleet: Fleet
+    engines: Engines
+
+    @property
+    def urls(self) -> dict[str, list[str]]:
+        return {
+            name: [engine.url for engine in of_model]
+            for name, of_model in zip(self.fleet.model_names, self.engines, strict=True)
+        }
+
+    @property
+    def engine_options(self) -> list[str]:
+        """As the command line takes them."""
+        return [
+            word
+            for name, urls in self.urls.items()
+            for url in urls
+            for word in ("--engine", f"{name}={url}")
+        ]
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyEngines]:
+    """Three real vLLM servers, started once for the whole run."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: run `make setup`")
+    fleet_dir = tmp_path_factory.mktemp("artifacts") / "tiny-opt-cpu"
+    fleet_dir.mkdir()
+    shutil.copy(ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml", fleet_dir)
+    fleet = load_fleet(fleet_dir)
+    with running_engines(fleet, fleet_dir, {}, Silent()) as engines:
+        yield TinyEngines(fleet_dir, fleet, engines)
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    """Two models and two tasks; nobody starts it."""
+    return Fleet.model_validate(
+        {
+            "schema_version": 1,
+            "name": "pair",
+            "models": [
+                {"name": "small", "path": "small", "replicas": 2},
+                {"name": "large", "path": "large"},
+            ],
+            "tasks": [
+                {"name": "copa", "deadline_ms_per_token": 40, "lm_eval_task": "copa"},
+                {"name": "piqa", "deadline_ms_per_token": 80, "lm_eval_task": "piqa"},
+            ],
+        }
+    )

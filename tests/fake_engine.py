@@ -1,0 +1,86 @@
+"""An engine that misbehaves on request, for what vLLM cannot be made to do, and a thread to serve it."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+
+class FakeEngine:
+    """Answers `max_tokens` tokens, one each `step_s`; the prompt may ask for a fault."""
+
+    def __init__(self, name: str, step_s: float = 0.0) -> None:
+        self.name = name
+        self.step_s = step_s
+        self.bodies: list[dict[str, Any]] = []
+        self.num_running = 0
+        self.num_cancelled = 0
+        paths = ("/v1/completions", "/v1/chat/completions")
+        self.app = Starlette(routes=[Route(path, self._complete, methods=["POST"]) for path in paths])
+
+    async def _complete(self, request: Request) -> Response:
+        body = await request.json()
+        self.bodies.append(body)
+        if body.get("prompt") == "refuse":
+            error = {"message": "too long", "type": "BadRequestError", "param": None, "code": 400}
+            return JSONResponse({"error": error}, 400)
+        num_tokens = int(body.get("max_tokens", 4))
+        if body.get("stream"):
+            return StreamingResponse(
+                self._events(num_tokens, breaks=body.get("prompt") == "break"),
+                media_type="text/event-stream",
+            )
+        await asyncio.sleep(self.step_s * num_tokens)
+        choice = {"index": 0, "text": " a" * num_tokens, "finish_reason": "length"}
+        return JSONResponse({"choices": [choice], "usage": {"completion_tokens": num_tokens}})
+
+    async def _events(self, num_tokens: int, *, breaks: bool) -> AsyncIterator[bytes]:
+        self.num_running += 1
+        try:
+            for index in range(num_tokens):
+                await asyncio.sleep(self.step_s)
+                if breaks and index == num_tokens // 2:
+                    raise ConnectionResetError("asked for")
+                choice = {"index": 0, "text": f" {index}"}
+                # As vLLM writes it: no space after a colon.
+                yield b"data: " + json.dumps({"choices": [choice]}, separators=(",", ":")).encode() + b"\n\n"
+            yield b"data: [DONE]\n\n"
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.num_running -= 1
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """Its URL, while a thread serves it."""
+    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="auto")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def wait_for(condition: Any, timeout_s: float = 10.0) -> None:
+    """Return once `condition()` holds; fail if it never does."""
+    give_up_at = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_at, "it never came about"
+        time.sleep(0.01)

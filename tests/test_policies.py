@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from besteffort.artifacts.policy_file import TrainedPolicy, save_policy
+from besteffort.errors import PolicyError
+from besteffort.fleet import Fleet
+from besteffort.latency import Latency
+from besteffort.observation import Encoding, Observation
+from besteffort.policies import Greedy, LeastLoaded, Policy, load_named_policy
+from besteffort.q_network import QNetwork
+
+NOWHERE = Path("/nowhere")
+
+
+def _named(spec: str, fleet: Fleet) -> Policy:
+    return load_named_policy(
+        spec, fleet, profile=NOWHERE, rewards=NOWHERE, rng=np.random.default_rng(0)
+    )
+
+
+def _seen(*batch_sizes: float, task: int = 0, rate: float = 1.0) -> Observation:
+    return Observation(task, np.array(batch_sizes), rate)
+
+
+def _trained(fleet: Fleet, bias: list[float]) -> TrainedPolicy:
+    inputs = len(fleet.tasks) + len(fleet.models) + 1
+    weight = np.zeros((inputs, len(bias)), dtype=np.float32)
+    network = QNetwork((weight,), (np.array(bias, dtype=np.float32),))
+    return TrainedPolicy(network, Encoding(len(fleet.tasks), len(fleet.models), 8.0, 10.0), {})
+
+
+def test_static_always_takes_its_model(fleet: Fleet) -> None:
+    policy = _named("static:large", fleet)
+    assert [policy.choose(_seen(0, n)) for n in (0, 50)] == [1, 1]
+
+
+def test_round_robin_takes_the_models_in_turn(fleet: Fleet) -> None:
+    policy = _named("round-robin", fleet)
+    assert [policy.choose(_seen(0, 0)) for _ in range(4)] == [0, 1, 0, 1]
+
+
+def test_random_repeats_itself_for_a_seed(fleet: Fleet) -> None:
+    first, second = (_named("random", fleet) for _ in range(2))
+    choices = [first.choose(_seen(0, 0)) for _ in range(50)]
+    assert choices == [second.choose(_seen(0, 0)) for _ in range(50)]
+    assert set(choices) == {0, 1}
+
+
+def test_least_loaded_prefers_the_larger_of_two_idle_models() -> None:
+    assert LeastLoaded().choose(_seen(0, 0)) == 1
+    assert LeastLoaded().choose(_seen(1, 2)) == 0
+
+
+def test_greedy_takes_the_best_model_that_makes_the_deadline_and_else_the_fastest(fleet: Fleet) -> None:
+    # 10 ms a step for the small one whatever its batch; 30 ms rising by 2 per request for the large.
+    latency = Latency(
+        batch_sizes=np.array([1, 101]),
+        step_ms=np.array([[10.0, 10.0], [30.0, 230.0]]),
+        prefill_base_ms=np.zeros(2),
+        prefill_ms_per_token=np.zeros(2),
+        slowdown=np.ones((2, 4)),
+    )
+    greedy = Greedy(latency, np.array([[0.8, 1.0], [0.8, 1.0]]), fleet)
+    assert greedy.choose(_seen(0, 0)) == 1
+    assert greedy.choose(_seen(0, 20)) == 0  # 70 ms a token misses copa's 40 ms
+    assert greedy.choose(_seen(0, 20, task=1)) == 1  # and makes piqa's 80 ms
+    hopeless = Greedy(latency, np.array([[0.8, 1.0]] * 2), _with_deadline(fleet, 5.0))
+    assert hopeless.choose(_seen(0, 0)) == 0
+
+
+def _with_deadline(fleet: Fleet, deadline_ms_per_token: float) -> Fleet:
+    tasks = tuple(
+        task.model_copy(update={"deadline_ms_per_token": deadline_ms_per_token}) for task in fleet.tasks
+    )
+    return fleet.model_copy(update={"tasks": tasks})
+
+
+def test_a_trained_policy_comes_back_from_its_file_and_takes_the_highest_q_value(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.safetensors"
+    save_policy(path, _trained(fleet, [0.1, 0.7]), fleet)
+    policy = _named(str(path), fleet)
+    assert policy.choose(_seen(3, 4)) == 1
+    assert policy.name == "policy"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"name": "other"}, "fleet = pair"),
+        ({"deadline_kind": "soft"}, "deadline_kind = hard"),
+    ],
+)
+def test_a_policy_for_another_fleet_is_refused(
+    fleet: Fleet, tmp_path: Path, changed: dict[str, str], told: str
+) -> None:
+    path = tmp_path / "policy.safetensors"
+    save_policy(path, _trained(fleet, [0.0, 1.0]), fleet)
+    with pytest.raises(PolicyError, match=told):
+        _named(str(path), fleet.model_copy(update=changed))
+    with pytest.raises(PolicyError, match="deadlines_ms_per_token"):
+        _named(str(path), _with_deadline(fleet, 41.0))
+
+
+def test_a_policy_whose_network_does_not_fit_the_fleet_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    save_policy(path, _trained(fleet, [0.0, 1.0, 2.0]), fleet)
+    with pytest.raises(PolicyError, match="maps 5 inputs to 3 models"):
+        _named(str(path), fleet)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a policy", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_file_that_is_no_policy_is_refused(fleet: Fleet, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(PolicyError, match=r"policy\.safetensors"):
+        _named(str(path), fleet)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("static:huge", "no model 'huge'; its models are small, large"),
+        ("best", "no built-in policy and no such file"),
+        ("missing.safetensors", "no such file"),
+    ],
+)
+def test_an_unknown_policy_is_refused_with_those_that_are_known(
+    fleet: Fleet, spec: str, told: str
+) -> None:
+    with pytest.raises(PolicyError, match=told):
+        _named(spec, fleet)
