@@ -133,7 +133,7 @@ def load_named_policy(
         return simple[spec]()
     path = Path(spec)
     if path.suffix == ".safetensors" or path.exists():
-        return Learned(load_policy(path, fleet), name=path.stem)
+        return Learned(load_policy(path, fleet), name=f"trained:{path.stem}")
     raise PolicyError(
         f"--policy {spec}: no built-in policy and no such file; give a .safetensors file "
         f"or one of {', '.join(BUILT_IN)}"

@@ -35,10 +35,7 @@ class TinyEngines:
     def engine_options(self) -> list[str]:
         """As the command line takes them."""
         return [
-            word
-            for name, urls in self.urls.items()
-            for url in urls
-            for word in ("--engine", f"{name}={url}")
+            word for name, urls in self.urls.items() for url in urls for word in ("--engine", f"{name}={url}")
         ]
 
 

@@ -135,11 +135,13 @@ def test_a_trained_policy_can_be_replayed_and_another_fleet_refuses_it(
     policy = fleet_dir / "policy.safetensors"
     done = run(*replay(trace, fleet_dir, "--policy", policy, "--json"))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["policy"] == "policy"
+    assert json.loads(done.stdout)["policy"] == "trained:policy"
     other = tmp_path / "other"
     shutil.copytree(fleet_dir, other)
     toml = (other / "fleet.toml").read_text()
-    (other / "fleet.toml").write_text(toml.replace("deadline_ms_per_token = 40", "deadline_ms_per_token = 41"))
+    (other / "fleet.toml").write_text(
+        toml.replace("deadline_ms_per_token = 40", "deadline_ms_per_token = 41")
+    )
     refused(*replay(trace, other, "--policy", policy), saying="trained for deadlines_ms_per_token")
 
 

@@ -15,9 +15,7 @@ NOWHERE = Path("/nowhere")
 
 
 def _named(spec: str, fleet: Fleet) -> Policy:
-    return load_named_policy(
-        spec, fleet, profile=NOWHERE, rewards=NOWHERE, rng=np.random.default_rng(0)
-    )
+    return load_named_policy(spec, fleet, profile=NOWHERE, rewards=NOWHERE, rng=np.random.default_rng(0))
 
 
 def _seen(*batch_sizes: float, task: int = 0, rate: float = 1.0) -> Observation:
@@ -84,7 +82,7 @@ def test_a_trained_policy_comes_back_from_its_file_and_takes_the_highest_q_value
     save_policy(path, _trained(fleet, [0.1, 0.7]), fleet)
     policy = _named(str(path), fleet)
     assert policy.choose(_seen(3, 4)) == 1
-    assert policy.name == "policy"
+    assert policy.name == "trained:policy"
 
 
 @pytest.mark.parametrize(
@@ -128,8 +126,6 @@ def test_a_file_that_is_no_policy_is_refused(fleet: Fleet, tmp_path: Path, conte
         ("missing.safetensors", "no such file"),
     ],
 )
-def test_an_unknown_policy_is_refused_with_those_that_are_known(
-    fleet: Fleet, spec: str, told: str
-) -> None:
+def test_an_unknown_policy_is_refused_with_those_that_are_known(fleet: Fleet, spec: str, told: str) -> None:
     with pytest.raises(PolicyError, match=told):
         _named(spec, fleet)

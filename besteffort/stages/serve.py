@@ -1,6 +1,7 @@
 """`serve`: the fleet's engines with the router in front, until it is told to stop."""
 
 import asyncio
+import contextlib
 import socket
 from pathlib import Path
 
@@ -48,8 +49,10 @@ def serve(
             url = f"http://{host}:{listener.getsockname()[1]}"
             progress.say(f"serving {fleet.name} by {chosen.name} at {url}/v1 (Ctrl-C ends it)")
             config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
-            server = uvicorn.Server(config)
-            asyncio.run(server.serve(sockets=[listener]))
+            # uvicorn ends in order on SIGINT and SIGTERM, and then raises them again for its caller,
+            # to whom being told to stop is no error.
+            with contextlib.suppress(KeyboardInterrupt):
+                asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
         progress.say("stopped; every engine started here has ended")
 
 

@@ -1,0 +1,260 @@
+"""Every stage on real vLLM servers, with real clients: what a person would do, in order.
+
+The stages share one fleet and one folder; a later test uses what an earlier one made.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from besteffort.artifacts.profile_file import load_latency, load_samples
+from besteffort.engines.child import free_port
+from besteffort.engines.client import complete, completion_body, open_session, random_prompt
+from besteffort.fleet import load_fleet
+from besteffort.stages.profile import plan_runs
+from tests.conftest import ROOT, SHARED_DATA, TinyEngines
+from tests.fake_engine import wait_for
+from tests.test_cli import TABLE_1, run
+
+pytestmark = pytest.mark.vllm
+
+AZURE = SHARED_DATA / "traces" / "AzureLLMInferenceTrace_code.csv"
+
+
+def test_a_profile_killed_half_way_goes_on_where_it_stopped(tiny_engines: TinyEngines) -> None:
+    words = ("profile", tiny_engines.fleet_dir, *tiny_engines.engine_options)
+    partial = tiny_engines.fleet_dir / "profile.partial.parquet"
+    with subprocess.Popen(
+        [sys.executable, "-m", "besteffort", *map(str, words)], stderr=subprocess.DEVNULL
+    ) as first:
+        wait_for(lambda: partial.exists() and len(load_samples(partial)[0]) >= 5, timeout_s=120)
+        first.kill()
+    kept, _ = load_samples(partial)
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"going on after {len(kept)} samples" in done.stderr
+    samples, facts = load_samples(tiny_engines.fleet_dir / "profile.parquet")
+    assert samples[: len(kept)] == kept
+    assert len(samples) == sum(len(r.models) for r in plan_runs(tiny_engines.fleet))
+    assert facts["stage"] == "profile"
+    assert not partial.exists()
+    assert all(sample.num_measurements >= 6 and sample.std_ms >= 0 for sample in samples)
+
+
+def test_the_three_sizes_are_slower_one_after_the_other(tiny_engines: TinyEngines) -> None:
+    """By at least 1.6x at batch 8: without that a router would have nothing to decide."""
+    latency = load_latency(tiny_engines.fleet_dir / "profile.parquet", tiny_engines.fleet)
+    small, medium, large = latency.step_table_ms(8)[:, 8]
+    assert medium / small >= 1.6
+    assert large / medium >= 1.6
+
+
+def test_the_first_300_requests_of_the_azure_code_trace_are_all_answered(
+    tiny_engines: TinyEngines, tmp_path: Path
+) -> None:
+    if not AZURE.is_file():
+        pytest.skip("the Azure trace is not at ../shared/data/traces")
+    fleet_dir, trace = tiny_engines.fleet_dir, tmp_path / "azure.parquet"
+    words = ("--format", "azure-llm", "--seed", 1, "--num-requests", 300, "--time-stretch", 0.4)
+    imported = run("trace", "import", AZURE, fleet_dir, "-o", trace, *words)
+    assert imported.returncode == 0, imported.stderr
+    options = ("--policy", "greedy", "--rewards", TABLE_1, "--name", "azure", "--json")
+    done = run("replay", trace, fleet_dir, *options, *tiny_engines.engine_options)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((fleet_dir / "replays" / "azure" / "summary.json").read_text())
+    assert (summary["sent"], summary["answered"], summary["failed"]) == (300, 300, 0)
+    assert summary["engine"] == json.loads(done.stdout)["engine"] == "vllm"
+
+
+@contextmanager
+def router(tiny_engines: TinyEngines, policy: str = "round-robin") -> Iterator[str]:
+    """`besteffort serve` as its own process, attached to the engines that run; ends by SIGTERM."""
+    port = free_port()
+    words = ("serve", tiny_engines.fleet_dir, "--policy", policy, "--port", port)
+    command = [sys.executable, "-m", "besteffort", *map(str, words), *tiny_engines.engine_options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert f"http://127.0.0.1:{port}/v1" in process.stderr.readline()
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(lambda: _answers(url))
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+
+
+def _answers(url: str) -> bool:
+    try:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            client.models.list()
+        return True
+    except openai.APIConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def routed(tiny_engines: TinyEngines) -> Iterator[str]:
+    with router(tiny_engines) as url:
+        yield url
+
+
+def test_the_openai_package_completes_and_streams(routed: str) -> None:
+    with openai.OpenAI(base_url=f"{routed}/v1", api_key="none", max_retries=0) as client:
+        asked = {"model": "besteffort/copa", "prompt": "The man turned on the faucet", "max_tokens": 6}
+        plain = client.completions.create(**asked)
+        assert plain.usage is not None
+        assert plain.usage.completion_tokens == 6
+        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == 6
+        assert {chunk.model for chunk in chunks} < {"opt-3m", "opt-22m", "opt-90m"}
+
+
+def test_the_openai_package_chats_and_streams(routed: str) -> None:
+    with openai.OpenAI(base_url=f"{routed}/v1", api_key="none", max_retries=0) as client:
+        messages = [{"role": "user", "content": "Which way is up?"}]
+        asked = {"model": "opt-3m", "messages": messages, "max_completion_tokens": 5}
+        plain = client.chat.completions.create(**asked)
+        assert plain.model == "opt-3m"
+        assert plain.choices[0].message.content
+        streamed = [
+            chunk.choices[0].delta.content or ""
+            for chunk in client.chat.completions.create(**asked, stream=True)
+        ]
+        assert "".join(streamed)
+
+
+def test_the_openai_package_gets_its_own_error_classes(routed: str) -> None:
+    with openai.OpenAI(base_url=f"{routed}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError, match="gpt-4"):
+            client.completions.create(model="gpt-4", prompt="x")
+        with pytest.raises(openai.BadRequestError, match="max_tokens"):
+            client.completions.create(model="opt-3m", prompt="x", max_tokens=100_000)
+
+
+def test_vllm_bench_serve_runs_against_the_router(
+    routed: str, tiny_engines: TinyEngines, tmp_path: Path
+) -> None:
+    command = [Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend", "openai"]
+    command += ["--base-url", routed, "--model", "besteffort/piqa"]
+    command += ["--tokenizer", tiny_engines.fleet_dir / "models" / "opt-3m"]
+    command += ["--dataset-name", "random", "--random-input-len", 16, "--random-output-len", 8]
+    command += ["--num-prompts", 24, "--request-rate", 8, "--ignore-eos"]
+    command += ["--save-result", "--result-dir", tmp_path, "--result-filename", "bench.json"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert (result["completed"], result["failed"]) == (24, 0)
+    assert result["total_output_tokens"] == 24 * 8
+
+
+def test_a_client_that_goes_away_leaves_nothing_running_in_vllm(
+    routed: str, tiny_engines: TinyEngines
+) -> None:
+    async def give_up() -> None:
+        import numpy as np
+
+        async with open_session(60) as session:
+            body = completion_body("opt-90m", random_prompt(16, np.random.default_rng(0)), 400)
+            await asyncio.wait_for(complete(session, routed, body), 1.0)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    # 400 tokens would take it about 7 s.
+    wait_for(lambda: _num_running(tiny_engines.urls["opt-90m"][0]) == 0, timeout_s=5)
+
+
+def _num_running(url: str) -> float:
+    with openai.OpenAI(base_url=url, api_key="none") as client:
+        lines = client.get("/metrics", cast_to=str).splitlines()
+    return float(next(x for x in lines if x.startswith("vllm:num_requests_running")).split()[-1])
+
+
+@pytest.fixture
+def lone_fleet_dir(tmp_path: Path, tiny_engines: TinyEngines) -> Path:
+    """A fleet of the smallest model alone: it starts in half the time."""
+    fleet_dir = tmp_path / "lone"
+    fleet_dir.mkdir()
+    toml = (ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml").read_text()
+    head, first, *_, tail = toml.split("[[models]]")
+    tasks = tail[tail.index("[[tasks]]") :]
+    (fleet_dir / "fleet.toml").write_text(f"{head}[[models]]{first}{tasks}")
+    fleet = load_fleet(fleet_dir)
+    assert fleet.model_names == ("opt-3m",)
+    return fleet_dir
+
+
+def _starting(fleet_dir: Path, port: int) -> subprocess.Popen[str]:
+    words = ("serve", fleet_dir, "--policy", "random", "--port", port)
+    command = [sys.executable, "-m", "besteffort", *map(str, words)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def _descendants(process: subprocess.Popen[str], at_least: int) -> list[psutil.Process]:
+    wait_for(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= at_least, 60)
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_serve_starts_its_engines_and_ctrl_c_ends_everything(lone_fleet_dir: Path) -> None:
+    port = free_port()
+    with _starting(lone_fleet_dir, port) as process:
+        wait_for(lambda: _answers(f"http://127.0.0.1:{port}"), timeout_s=180)
+        started = _descendants(process, 1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(40) == 0
+    gone, alive = psutil.wait_procs(started, timeout=5)
+    assert gone
+    assert not alive
+
+
+def test_kill_9_of_serve_leaves_no_engine_behind(lone_fleet_dir: Path) -> None:
+    port = free_port()
+    with _starting(lone_fleet_dir, port) as process:
+        wait_for(lambda: _answers(f"http://127.0.0.1:{port}"), timeout_s=180)
+        started = _descendants(process, 1)
+        process.kill()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive
+
+
+def test_a_vllm_server_that_dies_at_its_start_shows_the_end_of_its_log(lone_fleet_dir: Path) -> None:
+    path = lone_fleet_dir / "fleet.toml"
+    path.write_text(path.read_text().replace('"--enforce-eager"', '"--no-such-flag"'))
+    done = run("serve", lone_fleet_dir, "--policy", "random", "--port", 0)
+    assert done.returncode == 1
+    assert "vLLM of opt-3m died with exit status 2" in done.stderr
+    assert "unrecognized arguments: --no-such-flag" in done.stderr
+    assert "Traceback" not in done.stderr.partition("besteffort: ")[0]
+
+
+def test_a_replay_that_is_interrupted_reports_what_was_answered(
+    tiny_engines: TinyEngines, tmp_path: Path
+) -> None:
+    trace = tmp_path / "calm.parquet"
+    run("trace", "generate", "stable", tiny_engines.fleet_dir, "-o", trace, "--seed", 1, "--rate", 10)
+    words = ("replay", trace, tiny_engines.fleet_dir, "--policy", "static:opt-3m", "--name", "cut")
+    command = [sys.executable, "-m", "besteffort", *map(str, words), "--rewards", str(TABLE_1)]
+    env = {**os.environ, "COLUMNS": "200"}
+    with subprocess.Popen(
+        [*command, *tiny_engines.engine_options], stderr=subprocess.PIPE, text=True, env=env
+    ) as process:
+        time.sleep(12)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "what was answered so far is in" in stderr
+    summary = json.loads((tiny_engines.fleet_dir / "replays" / "cut" / "summary.json").read_text())
+    assert summary["provenance"]["interrupted"] is True
+    assert 0 < summary["answered"] < summary["sent"]
