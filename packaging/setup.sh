@@ -16,9 +16,11 @@ fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9,<1' 2>&1 |
   { grep -v '^WARNING: Location' || true; }
 
-# uv does not read pip's settings; where pip is told to look for wheels, uv looks too.
-find_links=${PIP_FIND_LINKS:-$(.venv/bin/python -m pip config get global.find-links 2>/dev/null || true)}
-export UV_FIND_LINKS=${UV_FIND_LINKS:-$find_links}
+# uv does not read pip's settings: where pip is told to look for wheels, and whom to trust, uv is too.
+pip_setting() { .venv/bin/python -m pip config get "global.$1" 2>/dev/null || true; }
+export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$(pip_setting find-links)}}
+cert=${SSL_CERT_FILE:-${PIP_CERT:-$(pip_setting cert)}}
+if [ -n "$cert" ]; then export SSL_CERT_FILE=$cert; fi
 
 install=(.venv/bin/uv pip install --python .venv/bin/python --compile-bytecode)
 if nvidia-smi -L >/dev/null 2>&1; then
