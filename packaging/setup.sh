@@ -17,7 +17,7 @@ fi
   { grep -v '^WARNING: Location' || true; }
 
 # uv does not read pip's settings: where pip is told to look for wheels, and whom to trust, uv is too.
-pip_setting() { .venv/bin/python -m pip config get "global.$1" 2>/dev/null || true; }
+pip_setting() { .venv/bin/python -m pip config list 2>/dev/null | sed -n "s/^global\.$1='\(.*\)'$/\1/p"; }
 export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-$(pip_setting find-links)}}
 cert=${SSL_CERT_FILE:-${PIP_CERT:-$(pip_setting cert)}}
 if [ -n "$cert" ]; then export SSL_CERT_FILE=$cert; fi
