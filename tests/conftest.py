@@ -1,7 +1,9 @@
 """What several test modules share: small fleets in memory, and one real fleet on vLLM for all."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,3 +71,13 @@ def fleet() -> Fleet:
             ],
         }
     )
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    mounted = ["/bin/mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root can mount a small file system")
+    yield tmp_path
+    subprocess.run(["/bin/umount", str(tmp_path)], check=True)

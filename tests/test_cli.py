@@ -234,6 +234,12 @@ def test_a_place_that_cannot_be_written_is_told(fleet_dir: Path, tmp_path: Path)
     refused(*words, "--seed", 1, "--rate", 5, saying="cannot be written")
 
 
+def test_a_full_disk_is_told_in_one_line_and_leaves_no_half_file(full_disk: Path, fleet_dir: Path) -> None:
+    words = ("trace", "generate", "unpredictable-1", fleet_dir, "-o", full_disk / "t.parquet", "--seed", 1)
+    refused(*words, saying="No space left on device")
+    assert list(full_disk.iterdir()) == []
+
+
 def test_doctor_says_what_is_installed_and_what_would_run() -> None:
     done = run("doctor")
     assert done.returncode == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from besteffort.artifacts.policy_file import TrainedPolicy, save_policy
-from besteffort.errors import PolicyError
+from besteffort.errors import PolicyError, UsageError
 from besteffort.fleet import Fleet
 from besteffort.latency import Latency
 from besteffort.observation import Encoding, Observation
@@ -83,6 +83,16 @@ def test_a_trained_policy_comes_back_from_its_file_and_takes_the_highest_q_value
     policy = _named(str(path), fleet)
     assert policy.choose(_seen(3, 4)) == 1
     assert policy.name == "trained:policy"
+
+
+def test_a_policy_that_does_not_fit_on_the_disk_is_told(fleet: Fleet, full_disk: Path) -> None:
+    weight = np.zeros((5, 20_000), dtype=np.float32)
+    network = QNetwork((weight,), (np.zeros(20_000, dtype=np.float32),))
+    with pytest.raises(UsageError, match=r"policy\.safetensors: cannot be written"):
+        save_policy(
+            full_disk / "policy.safetensors", TrainedPolicy(network, Encoding(2, 2, 8.0, 10.0), {}), fleet
+        )
+    assert list(full_disk.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from besteffort import __version__
 from besteffort.errors import InputError, UsageError
@@ -30,9 +31,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"{path}: cannot be written: {error.strerror or error}; free space there or choose another place"
+            f"{path}: cannot be written: {why}; free space there or choose another place"
         ) from None
     finally:
         with contextlib.suppress(OSError):  # what stopped the write may stop this too

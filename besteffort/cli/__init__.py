@@ -32,6 +32,9 @@ def main() -> None:
     except BestEffortError as error:
         sys.stderr.write(f"besteffort: {error}\n")
         sys.exit(error.exit_status)
+    except OSError as error:  # the disk or the network, where nobody knew better what to say
+        sys.stderr.write(f"besteffort: {error}\n")
+        sys.exit(BestEffortError.exit_status)
     except KeyboardInterrupt:
         sys.stderr.write("besteffort: interrupted; what was started here has been stopped\n")
         sys.exit(_INTERRUPTED)
