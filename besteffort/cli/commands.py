@@ -18,6 +18,8 @@ from besteffort.cli.options import (
     parse_engines,
 )
 
+DEFAULT_GPU = "titan-rtx"  # the paper's (App. A)
+
 
 def register(app: typer.Typer) -> None:
     for command in (profile, score, train, serve, replay, demo, doctor):
@@ -30,6 +32,14 @@ def profile(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Instead of FLEET_DIR/profile.parquet.")
     ] = None,
+    model_only: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Measure nothing: compute a profile. MODEL: roofline."),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"Whose roofline, with --model-only. [{DEFAULT_GPU}]"),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Measure each model's latency on this machine: by batch size, prompt length, and side by side.
@@ -39,7 +49,23 @@ def profile(
     \b
     Example:
       besteffort profile artifacts/tiny-opt-cpu
+      besteffort profile artifacts/titan-rtx-opt --model-only roofline --gpu titan-rtx
     """
+    from besteffort.errors import UsageError
+
+    if (model_only is None and gpu is not None) or (model_only is not None and engine):
+        raise UsageError("--gpu goes only with --model-only, and --engine never does")
+    if model_only is not None:
+        from besteffort.stages.model_profile import model_profile
+
+        model_profile(
+            fleet_dir,
+            output=output or fleet_dir / "profile.parquet",
+            hardware_model=model_only,
+            gpu_name=gpu or DEFAULT_GPU,
+            progress=ConsoleProgress(),
+        )
+        return
     from besteffort.stages.profile import profile
 
     profile(
