@@ -436,7 +436,7 @@ def test_a_trace_is_generated_and_described(tmp_path: Path) -> None:
     assert err == ""
     assert figures["num_requests"] == 50
     assert figures["provenance"]["workload"] == "stable"
-    assert figures["provenance"]["rate_per_s"] == 2.0  # 8, times the fleet's rate_scale
+    assert figures["provenance"]["rate_per_s"] == pytest.approx(8 * load_fleet(TINY).rate_scale)
     assert list(figures["task_shares"]) == ["hellaswag", "copa", "piqa", "openbookqa"]
     out, _ = invoke("describe", path)
     assert "mean_rate_per_s" in out
