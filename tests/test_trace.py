@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from besteffort.cli.trace import app
 from besteffort.errors import TraceError, UsageError
-from besteffort.fleet import Fleet
+from besteffort.fleet import Fleet, load_fleet
 from besteffort.request import Requests
 from besteffort.trace import (
     describe_trace,
