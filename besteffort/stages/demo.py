@@ -11,7 +11,7 @@ from besteffort.artifacts.policy_file import load_policy
 from besteffort.artifacts.profile_file import load_samples
 from besteffort.artifacts.rewards_file import load_rewards
 from besteffort.engines.running import Engines, Urls, running_engines
-from besteffort.errors import InputError, RewardsError
+from besteffort.errors import InputError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.progress import Progress
 from besteffort.report import write_comparison
@@ -127,7 +127,9 @@ def _score(demo: Demo, fleet: Fleet, attached: Urls, progress: Progress) -> None
             attached=attached,
             progress=progress,
         )
-    except RewardsError as error:
+    except InputError as error:
+        if demo.data_dir is not None:
+            raise
         progress.say(f"scoring is left out: {error}")
     if any(model.architecture is not None for model in fleet.models):
         progress.say(f"routing uses {demo.rewards} instead: the paper's Table 1")
