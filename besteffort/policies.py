@@ -15,13 +15,25 @@ from numpy.typing import NDArray
 from besteffort.artifacts.policy_file import TrainedPolicy, load_policy
 from besteffort.artifacts.profile_file import load_latency
 from besteffort.artifacts.rewards_file import load_rewards
+from besteffort.artifacts.thresholds_file import load_thresholds
 from besteffort.deadline import deadline_weight
 from besteffort.errors import PolicyError
-from besteffort.fleet import Fleet
+from besteffort.fleet import Fleet, Task
 from besteffort.latency import Latency
 from besteffort.observation import Observation
+from besteffort.thresholds import RateSmoother, ThresholdTable
 
-BUILT_IN = ("static:MODEL", "round-robin", "random", "least-loaded", "greedy")
+BUILT_IN = (
+    "static:MODEL",
+    "round-robin",
+    "random",
+    "least-loaded",
+    "greedy",
+    "slackfit",
+    "thresholds",
+    "hindsight",
+)
+HINDSIGHT = "hindsight"  # no policy, since it sees the future; a simulated replay knows it
 
 
 class Policy(Protocol):
@@ -84,16 +96,55 @@ class Greedy:
 
     def choose(self, observation: Observation) -> int:
         task = self.fleet.tasks[observation.task]
-        predicted = self.latency.predicted_ms_per_token(
-            observation.batch_sizes,
-            num_prompt_tokens=round(sum(task.num_prompt_tokens) / 2),
-            num_output_tokens=round(sum(task.num_output_tokens) / 2),
-        )
+        predicted = _predicted_ms_per_token(self.latency, task, observation)
         weight = deadline_weight(predicted, task.deadline_ms_per_token, self.fleet.deadline_kind)
         utility = weight * self.relative_rewards[observation.task]
         if not utility.any():
             return int(np.argmin(predicted))
         return int(np.argmax(utility))
+
+
+def _predicted_ms_per_token(latency: Latency, task: Task, observation: Observation) -> NDArray[np.float64]:
+    """Of a request of mean length at each model, shape `(M,)`, if all batches stayed as they are."""
+    return latency.predicted_ms_per_token(
+        observation.batch_sizes,
+        num_prompt_tokens=round(sum(task.num_prompt_tokens) / 2),
+        num_output_tokens=round(sum(task.num_output_tokens) / 2),
+    )
+
+
+@dataclass(frozen=True)
+class SlackFit:
+    """The largest model whose predicted latency fits the deadline; the fastest if none does.
+
+    SuperServe's policy (Khare et al., arXiv 2312.16733): the largest that the slack allows.
+    """
+
+    latency: Latency
+    fleet: Fleet
+    name: str = "slackfit"
+
+    def choose(self, observation: Observation) -> int:
+        task = self.fleet.tasks[observation.task]
+        predicted = _predicted_ms_per_token(self.latency, task, observation)
+        fits = np.flatnonzero(predicted <= task.deadline_ms_per_token)
+        return int(fits[-1]) if len(fits) else int(np.argmin(predicted))
+
+
+@dataclass
+class Thresholds:
+    """The largest model that is not too full for the task at this arrival rate."""
+
+    table: ThresholdTable
+    name: str = "thresholds"
+    _smoother: RateSmoother = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._smoother = RateSmoother(self.table.num_smoothed)
+
+    def choose(self, observation: Observation) -> int:
+        rate_per_s = self._smoother.observe(observation.arrival_rate_per_s)
+        return self.table.choose(observation.task, observation.batch_sizes, rate_per_s)
 
 
 @dataclass(frozen=True)
@@ -113,13 +164,22 @@ class Learned:
 
 
 def load_named_policy(
-    spec: str, fleet: Fleet, *, profile: Path, rewards: Path, rng: np.random.Generator
+    spec: str,
+    fleet: Fleet,
+    *,
+    profile: Path,
+    rewards: Path,
+    rng: np.random.Generator,
+    thresholds: Path | None = None,
 ) -> Policy:
-    """A policy by its built-in name, or trained, from its file. `greedy` alone reads the two files.
+    """A policy by its built-in name, or trained, from its file.
+
+    `greedy`, `slackfit` and `thresholds` read the profile and the rewards; `thresholds` reads the file
+    of that name too, by default the one beside the profile.
 
     Raises:
         PolicyError: no such name and no such file, or a policy for another fleet.
-        ProfileError, RewardsError: what `greedy` needs is missing or of another fleet.
+        ProfileError, RewardsError: what the policy needs is missing or of another fleet.
     """
     if spec.startswith("static:"):
         return _static(spec, fleet)
@@ -128,7 +188,18 @@ def load_named_policy(
         "random": lambda: Random(rng),
         "least-loaded": LeastLoaded,
         "greedy": lambda: Greedy(load_latency(profile, fleet), load_rewards(rewards, fleet).relative, fleet),
+        "slackfit": lambda: SlackFit(load_latency(profile, fleet), fleet),
+        "thresholds": lambda: Thresholds(
+            load_thresholds(
+                thresholds or profile.with_name("thresholds.parquet"), fleet, profile=profile, rewards=rewards
+            )
+        ),
     }
+    if spec == HINDSIGHT:
+        raise PolicyError(
+            f"--policy {spec}: it needs to know the future, so it only goes with `besteffort replay "
+            "TRACE FLEET_DIR --simulate`; choose another policy here"
+        )
     if spec in simple:
         return simple[spec]()
     path = Path(spec)

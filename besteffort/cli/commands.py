@@ -22,7 +22,7 @@ DEFAULT_GPU = "titan-rtx"  # the paper's (App. A)
 
 
 def register(app: typer.Typer) -> None:
-    for command in (profile, score, train, serve, replay, demo, doctor):
+    for command in (profile, score, tune, train, serve, replay, demo, doctor):
         app.command()(command)
 
 
@@ -120,6 +120,26 @@ def score(
     )
 
 
+def tune(
+    fleet_dir: FleetDir,
+    seed: Seed = 0,
+    profile: Profile = None,
+    rewards: Rewards = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Instead of FLEET_DIR/thresholds.parquet.")
+    ] = None,
+) -> None:
+    """Search for the batch-size thresholds of the policy `thresholds`, in the simulator; minutes.
+
+    \b
+    Example:
+      besteffort tune artifacts/tiny-opt-cpu --rewards artifacts/titan-rtx-opt/rewards.parquet
+    """
+    from besteffort.stages.tune import tune
+
+    tune(fleet_dir, seed=seed, profile=profile, rewards=rewards, output=output, progress=ConsoleProgress())
+
+
 def serve(
     fleet_dir: FleetDir,
     policy: PolicySpec,
@@ -191,7 +211,11 @@ def replay(
     fleet_dir: FleetDir,
     policy: Annotated[
         str | None,
-        typer.Option("--policy", metavar="POLICY", help=f"{POLICY_HELP} Not with --url."),
+        typer.Option(
+            "--policy",
+            metavar="POLICY",
+            help=f"{POLICY_HELP} With --simulate: hindsight, which knows the trace. Not with --url.",
+        ),
     ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Through the simulator, over the profile.")
@@ -206,6 +230,9 @@ def replay(
         str | None, typer.Option(help="Of the folder in FLEET_DIR/replays, instead of one made up.")
     ] = None,
     seed: Seed = 0,
+    budget_s: Annotated[
+        float, typer.Option("--budget-s", min=0, metavar="S", help="Seconds that hindsight may search.")
+    ] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
 ) -> None:
     """Send a trace to the router on time, however slow the answers, and report how it fared.
@@ -234,6 +261,7 @@ def replay(
         attached=parse_engines(engine),
         name=name,
         seed=seed,
+        budget_s=budget_s,
     )
     summary, folder = replay(spec, ConsoleProgress())
     if as_json:

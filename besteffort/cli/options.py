@@ -10,7 +10,9 @@ from besteffort.errors import UsageError
 FleetDir = Annotated[
     Path, typer.Argument(metavar="FLEET_DIR", help="The fleet, such as artifacts/tiny-opt-cpu.")
 ]
-POLICY_HELP = "A policy file, or static:MODEL, round-robin, random, least-loaded, greedy."
+POLICY_HELP = (
+    "A policy file, or static:MODEL, round-robin, random, least-loaded, greedy, slackfit, thresholds."
+)
 PolicySpec = Annotated[str, typer.Option("--policy", metavar="POLICY", help=POLICY_HELP)]
 Engine = Annotated[
     list[str] | None,

@@ -5,5 +5,6 @@ order of the trace. The model of a replica is a fluid one, stated in `docs/dqn.m
 """
 
 from besteffort.simulator.fleets import ParallelFleets, simulate, simulate_choices
+from besteffort.simulator.trials import PlanSearch, ThresholdTrials
 
-__all__ = ["ParallelFleets", "simulate", "simulate_choices"]
+__all__ = ["ParallelFleets", "PlanSearch", "ThresholdTrials", "simulate", "simulate_choices"]

@@ -6,7 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json import loads
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +16,19 @@ import numpy as np
 from besteffort.artifacts import files
 from besteffort.artifacts.profile_file import load_latency
 from besteffort.artifacts.rewards_file import load_rewards
+from besteffort.artifacts.thresholds_file import load_thresholds
 from besteffort.engines.child import Child, free_port
 from besteffort.engines.open_loop import Ledger, send_open_loop
 from besteffort.engines.running import Engines, Urls, running_engines, wait_until_healthy
 from besteffort.errors import UsageError
 from besteffort.fleet import Fleet, load_fleet
-from besteffort.policies import Policy, load_named_policy
+from besteffort.hindsight import hindsight
+from besteffort.policies import HINDSIGHT, Policy, load_named_policy
 from besteffort.progress import Progress, SilentBar
 from besteffort.report import summarise, write_report
 from besteffort.request import Outcomes, Requests
-from besteffort.simulator import simulate
+from besteffort.rewards import Rewards
+from besteffort.simulator import simulate, simulate_choices
 from besteffort.trace import load_trace
 
 # A client that gives up; its request counts as failed.
@@ -47,6 +50,7 @@ class Replay:
     attached: Urls | None = None
     name: str | None = None  # of the folder under replays/; by default made of the others
     seed: int = 0
+    budget_s: float = 60.0  # for the search of `hindsight`
 
 
 def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
@@ -62,10 +66,13 @@ def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
     requests = load_trace(spec.trace, fleet)
     rewards = load_rewards(spec.rewards, fleet)
     # Loaded before any engine starts, so that a wrong one is told at once.
-    policy = _policy(spec, fleet)
-    policy_name = _policy_of_router(str(spec.url)) if policy is None else policy.name
+    sees_the_future = spec.policy == HINDSIGHT and spec.simulated
+    policy = None if sees_the_future else _policy(spec, fleet)
+    policy_name = _name(spec, policy)
     interrupt = None
-    if policy is not None and spec.simulated:
+    if sees_the_future:
+        outcomes = _in_hindsight(spec, fleet, requests, rewards, progress)
+    elif policy is not None and spec.simulated:
         latency = load_latency(spec.profile, fleet)
         outcomes = simulate(requests, fleet, latency, policy.choose)
     else:
@@ -81,6 +88,45 @@ def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
     return summary, folder
 
 
+def _name(spec: Replay, policy: Policy | None) -> str:
+    if policy is not None:
+        return policy.name
+    return _policy_of_router(spec.url) if spec.url is not None else str(spec.policy)
+
+
+def _in_hindsight(
+    spec: Replay, fleet: Fleet, requests: Requests, rewards: Rewards, progress: Progress
+) -> Outcomes:
+    """By the best plan that a search finds which starts from what the policies do."""
+    latency = load_latency(spec.profile, fleet)
+    table = None
+    names = [f"static:{name}" for name in fleet.model_names] + ["least-loaded", "greedy", "slackfit"]
+    thresholds = spec.fleet_dir / "thresholds.parquet"
+    if thresholds.exists():
+        names.append("thresholds")
+        table = load_thresholds(thresholds, fleet, profile=spec.profile, rewards=spec.rewards)
+    else:
+        progress.say(f"no {thresholds}: `besteffort tune {spec.fleet_dir}` would give a better start")
+    starts = []
+    for name in names:
+        policy = _policy(replace(spec, policy=name), fleet)
+        if policy is not None:
+            starts.append(simulate(requests, fleet, latency, policy.choose).model)
+    rng = np.random.default_rng(spec.seed)
+    found = hindsight(
+        requests,
+        fleet,
+        latency,
+        rewards,
+        starts,
+        rng,
+        table=table,
+        budget_s=spec.budget_s,
+        progress=progress,
+    )
+    return simulate_choices(requests, fleet, latency, found.models)
+
+
 def _policy(spec: Replay, fleet: Fleet) -> Policy | None:
     """None where a router at a URL has its own."""
     if spec.url is not None:
@@ -88,7 +134,14 @@ def _policy(spec: Replay, fleet: Fleet) -> Policy | None:
     if spec.policy is None:
         raise UsageError("--policy is missing: name one, or attach to a router with --url")
     rng = np.random.default_rng(spec.seed)
-    return load_named_policy(spec.policy, fleet, profile=spec.profile, rewards=spec.rewards, rng=rng)
+    return load_named_policy(
+        spec.policy,
+        fleet,
+        profile=spec.profile,
+        rewards=spec.rewards,
+        rng=rng,
+        thresholds=spec.fleet_dir / "thresholds.parquet",
+    )
 
 
 def _policy_of_router(url: str) -> str:

@@ -41,7 +41,12 @@ def serve(
     """
     fleet = load_fleet(fleet_dir)
     chosen = load_named_policy(
-        policy, fleet, profile=profile, rewards=rewards, rng=np.random.default_rng(seed)
+        policy,
+        fleet,
+        profile=profile,
+        rewards=rewards,
+        rng=np.random.default_rng(seed),
+        thresholds=fleet_dir / "thresholds.parquet",
     )
     with _listen(host, port) as listener:
         with running_engines(fleet, fleet_dir, attached, progress) as engines:
