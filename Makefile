@@ -8,10 +8,10 @@ DATA_DIR ?= $(wildcard ../shared/data/eval)
 BIN := .venv/bin
 SETUP := .venv/.made
 
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test lint bench-simulator format lock clean
 
 help: ## List the words.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(SETUP) ## Install everything into .venv; nothing happens if it is up to date.
 
@@ -32,6 +32,9 @@ lint: $(SETUP) ## Check style, types and import floors.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+
+bench-simulator: $(SETUP) ## Time the simulator: routing decisions per second by fleet size.
+	@$(BIN)/python -m tests.benchmarks.simulator
 
 format: $(SETUP) ## Put the code into shape.
 	@$(BIN)/ruff check --fix .

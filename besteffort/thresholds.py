@@ -36,7 +36,8 @@ class ThresholdTable:
     @property
     def rows(self) -> NDArray[np.float64]:
         """The table for compiled code, shape `(T * B, M - 1)`: row `task * B + band`."""
-        return np.ascontiguousarray(self.max_batch_size.reshape(-1, self.max_batch_size.shape[2]))
+        num_tasks, num_bands, num_models = self.max_batch_size.shape
+        return np.ascontiguousarray(self.max_batch_size.reshape(num_tasks * num_bands, num_models))
 
     def row_of(self, task: NDArray[np.int64], arrival_rates_per_s: NDArray[np.float64]) -> NDArray[np.int64]:
         """Which of `rows` each request goes by, shape `(N,)`."""

@@ -18,7 +18,7 @@ from besteffort.latency import Sample
 from tests.conftest import ROOT
 
 TABLE_1 = ROOT / "artifacts" / "titan-rtx-opt" / "rewards.parquet"
-COMMANDS = ("profile", "score", "train", "serve", "replay", "demo", "doctor", "trace")
+COMMANDS = ("profile", "score", "tune", "train", "serve", "replay", "demo", "doctor", "trace")
 
 
 def run(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -107,6 +107,25 @@ def test_a_simulated_replay_prints_one_json_object_with_every_promised_figure(
     assert sum(summary["selection"].values()) == pytest.approx(1)
     folder = fleet_dir / "replays" / "trace-greedy-simulated"
     assert {file.name for file in folder.iterdir()} == {"requests.parquet", "summary.json", "report.html"}
+
+
+def test_hindsight_is_a_policy_of_simulated_replays_and_is_at_least_as_good_as_any_other(
+    fleet_dir: Path, trace: Path
+) -> None:
+    done = run(*replay(trace, fleet_dir, "--json", "--policy", "hindsight", "--budget-s", 3))
+    assert done.returncode == 0, done.stderr
+    greedy = json.loads(run(*replay(trace, fleet_dir, "--json")).stdout)
+    found = json.loads(done.stdout)
+    assert found["policy"] == "hindsight"
+    assert found["performance"] >= greedy["performance"]
+    future = "it needs to know the future"
+    words = ("--policy", "hindsight", "--rewards", TABLE_1)
+    refused("serve", fleet_dir, "--port", 0, *words, saying=future)
+    refused("replay", trace, fleet_dir, *words, saying=future)
+
+
+def test_thresholds_that_nobody_has_tuned_are_told_with_the_mend(fleet_dir: Path, trace: Path) -> None:
+    refused(*replay(trace, fleet_dir, "--policy", "thresholds"), saying="run `besteffort tune FLEET_DIR`")
 
 
 def test_the_same_seed_gives_the_same_replay(fleet_dir: Path, trace: Path) -> None:

@@ -11,7 +11,6 @@ from besteffort.latency import Latency
 from besteffort.request import Requests
 from besteffort.simulator.core import Search, Stakes, State, improve, run_thresholds
 from besteffort.simulator.fleets import idle_state
-from besteffort.thresholds import ThresholdTable
 
 
 def stakes_of(workloads: Sequence[Requests], fleet: Fleet, values: NDArray[np.float64]) -> Stakes:
@@ -49,6 +48,12 @@ class ThresholdTrials:
         run_thresholds(self._state, self._stakes, row, np.ascontiguousarray(rows), worth)
         return worth
 
+    @property
+    def models(self) -> NDArray[np.int64]:
+        """Where the requests went the last time, shape `(F, K)`."""
+        fleets = np.arange(len(self._state.requests))[:, None]
+        return np.asarray(self._state.replicas["model"][fleets, self._state.requests["replica"]])
+
 
 class PlanSearch:
     """One trace and a plan for it, the model of each request, to be improved by one who knows the future."""
@@ -59,13 +64,15 @@ class PlanSearch:
         fleet: Fleet,
         latency: Latency,
         values: NDArray[np.float64],  # (T, M) of an answer in time
-        table: ThresholdTable,  # by which a trial may go on after a change
-        rates_per_s: NDArray[np.float64],  # (N,) by which the table is read
+        row: NDArray[np.int64],  # (N,) into `rows`: the thresholds of each request
+        rows: NDArray[np.float64],  # (R, M - 1) by which a trial may go on after a change
     ) -> None:
         self._idle = idle_state(fleet, latency, [requests])
-        self._state, self._words = _in_one_memory(self._idle)
+        self._state, self._words = in_one_memory(self._idle)
         self._idle_words = self._words.copy()
         self._arrived_at = requests.arrived_at
+        if row.shape != (len(requests),) or row.min() < 0 or row.max() >= len(rows):
+            raise ValueError(f"rows of shape {row.shape} up to {row.max()} into {len(rows)}")
         stakes = stakes_of([requests], fleet, values)
         self._search = Search(
             state=self._state,
@@ -74,8 +81,8 @@ class PlanSearch:
             plan=np.zeros(len(requests), dtype=np.int64),
             trial=np.zeros(len(requests), dtype=np.int64),
             scored_until=np.zeros(len(requests), dtype=np.int64),
-            row=table.row_of(requests.task, rates_per_s),
-            rows=table.rows,
+            row=row,
+            rows=np.ascontiguousarray(rows),
             stakes=Stakes(stakes.value[0], stakes.deadline_ms_per_token[0], stakes.lateness),
         )
         self._next = 0
@@ -110,7 +117,7 @@ def _words(array: NDArray[np.generic]) -> NDArray[np.int64]:
     return array.reshape(-1).view(np.int64)
 
 
-def _in_one_memory(states: State) -> tuple[State, NDArray[np.int64]]:
+def in_one_memory(states: State) -> tuple[State, NDArray[np.int64]]:
     """The first fleet; what changes and is small lies in one array, so that a copy of it is a snapshot."""
     apart = ("requests", "completed")
     shared = ("step_ms", "slowdown")
