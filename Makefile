@@ -3,12 +3,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # A machine with a GPU shows the three models on it; any other shows three tiny ones on the CPU.
 FLEET ?= $(if $(shell nvidia-smi -L 2>/dev/null),artifacts/one-gpu-opt,artifacts/tiny-opt-cpu)
+# The paper's, on a modelled profile.
+PAPER_FLEET ?= artifacts/titan-rtx-opt
 # Local evaluation files, if there are any; otherwise lm-eval takes them from the hub.
 DATA_DIR ?= $(wildcard ../shared/data/eval)
 BIN := .venv/bin
 SETUP := .venv/.made
 
-.PHONY: help setup demo test lint bench-simulator format lock clean
+.PHONY: help setup demo paper paper-train test lint bench-simulator format lock clean
 
 help: ## List the words.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -21,6 +23,12 @@ $(SETUP): pyproject.toml requirements.lock packaging/setup.sh packaging/cpu-excl
 
 demo: $(SETUP) ## Profile, score, train, serve and replay a fleet, and compare policies on it.
 	@$(BIN)/besteffort demo $(FLEET) $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+
+paper: $(SETUP) ## Run all experiments of the paper in the simulator, and set its numbers beside ours.
+	@$(BIN)/besteffort paper $(PAPER_FLEET) --docs docs
+
+paper-train: $(SETUP) ## Train the policies of these experiments anew.
+	@$(BIN)/besteffort paper $(PAPER_FLEET) --train
 
 test: $(SETUP) ## Run all tests, those on real vLLM servers included.
 	@echo "Testing besteffort: the library first, then the stages on real vLLM servers (about 8 minutes)"

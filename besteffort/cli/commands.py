@@ -22,7 +22,7 @@ DEFAULT_GPU = "titan-rtx"  # the paper's (App. A)
 
 
 def register(app: typer.Typer) -> None:
-    for command in (profile, score, tune, train, serve, replay, demo, doctor):
+    for command in (profile, score, tune, train, serve, replay, demo, paper, doctor):
         app.command()(command)
 
 
@@ -316,6 +316,40 @@ def demo(
             "Type next": f".venv/bin/besteffort serve {fleet_dir} --policy {spec.policy}",
         }
     )
+
+
+def paper(
+    fleet_dir: Annotated[
+        Path, typer.Argument(metavar="[FLEET_DIR]", help="A fleet with the paper's four tasks.")
+    ] = Path("artifacts/titan-rtx-opt"),
+    train: Annotated[
+        bool, typer.Option("--train", help="Only train the three policies anew: FLEET_DIR/policies.")
+    ] = False,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --train, instead of train's own default.")
+    ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write DIR/paper.md and its plots.")
+    ] = None,
+) -> None:
+    """Run all experiments of the paper in the simulator, and set each number beside the paper's.
+
+    \b
+    Example:
+      besteffort paper artifacts/titan-rtx-opt
+    """
+    from besteffort.cli.tables import print_where
+    from besteffort.errors import UsageError
+    from besteffort.stages.paper import run_paper, train_paper
+
+    if (recipe is not None and not train) or (train and docs is not None):
+        raise UsageError("--recipe goes only with --train, and --docs only without it")
+    if train:
+        written = train_paper(fleet_dir, recipe=recipe, progress=ConsoleProgress())
+        print_where({f"Policy {path.stem}": path for path in written})
+        return
+    written = run_paper(fleet_dir, docs_dir=docs, progress=ConsoleProgress())
+    print_where({path.name: path for path in written})
 
 
 def doctor() -> None:

@@ -20,9 +20,9 @@ from besteffort.report.summary import WINDOW_SIZE, window_performance
 from besteffort.request import Outcomes
 
 # Okabe and Ito's palette without black and yellow, which vanish on dark and light pages, then Tol's.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
             "#44AA99", "#AA4499", "#999933", "#88CCEE")  # fmt: skip
-_DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)))
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)))
 _DEADLINE = "#C8382E"
 _UNROUTED = "#8A8A8A"
 _INK = "#010203"  # stands for the text colour of the page
@@ -53,7 +53,7 @@ _STYLE: Any = {
 def performance_over_time(outcomes: Outcomes, verdicts: Verdicts) -> str:
     """The arrival rate above, the windowed and the running performance below (paper, Fig. 6)."""
     arrived_at = outcomes.requests.arrived_at
-    with _drawing("performance", 4.4) as (figure, svg):
+    with drawing("performance", 4.4) as (figure, svg):
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
         if len(arrived_at) >= WINDOW_SIZE:
             ends_at = arrived_at[WINDOW_SIZE - 1 :]
@@ -61,9 +61,9 @@ def performance_over_time(outcomes: Outcomes, verdicts: Verdicts) -> str:
             rates_per_s = (WINDOW_SIZE - 1) / spans_s
             upper.fill_between(ends_at, rates_per_s, color=_UNROUTED, alpha=0.7, linewidth=0.5)
             windows = window_performance(verdicts.performance)
-            lower.plot(ends_at, windows, color=_COLOURS[4], lw=1.1, label=f"last {WINDOW_SIZE} requests")
+            lower.plot(ends_at, windows, color=COLOURS[4], lw=1.1, label=f"last {WINDOW_SIZE} requests")
         running = np.cumsum(verdicts.performance) / np.arange(1, len(arrived_at) + 1)
-        lower.plot(arrived_at, running, color=_COLOURS[5], lw=2.2, label="all requests so far")
+        lower.plot(arrived_at, running, color=COLOURS[5], lw=2.2, label="all requests so far")
         upper.set(ylabel="arrivals\n(requests/s)", ylim=(0, None), xlim=(0, _end_s(arrived_at)))
         lower.set(xlabel="time of arrival (s)", ylabel="performance (1 = peak)", ylim=(0, 1.04))
         lower.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.1)
@@ -73,13 +73,13 @@ def performance_over_time(outcomes: Outcomes, verdicts: Verdicts) -> str:
 def latency_over_time(outcomes: Outcomes, verdicts: Verdicts, fleet: Fleet) -> str:
     """A dot for each answered request, a cross at the top for each failed one."""
     arrived_at, latency = outcomes.requests.arrived_at, verdicts.latency_ms_per_token
-    with _drawing("latency", 3.6) as (figure, svg):
+    with drawing("latency", 3.6) as (figure, svg):
         axes = figure.subplots()
         rasterize = len(outcomes) > _MAX_VECTOR_POINTS
         for m in range(len(fleet.models)):
             which = (outcomes.model == m) & np.isfinite(latency)
             axes.scatter(arrived_at[which], latency[which], s=5 if rasterize else 12, alpha=0.65,
-                         linewidths=0, color=_colour(m), rasterized=rasterize)  # fmt: skip
+                         linewidths=0, color=model_colour(m), rasterized=rasterize)  # fmt: skip
         failed = arrived_at[~outcomes.answered]
         axes.scatter(failed, np.full(len(failed), 0.975), s=24, marker="x", color=_DEADLINE,
                      transform=axes.get_xaxis_transform(), clip_on=False)  # fmt: skip
@@ -95,12 +95,12 @@ def latency_over_time(outcomes: Outcomes, verdicts: Verdicts, fleet: Fleet) -> s
 def latency_cdf(outcomes: Outcomes, verdicts: Verdicts, fleet: Fleet) -> str:
     """Share of each model's answers that took no longer than so much."""
     latency = verdicts.latency_ms_per_token
-    with _drawing("cdf", 3.6) as (figure, svg):
+    with drawing("cdf", 3.6) as (figure, svg):
         axes = figure.subplots()
         for m in range(len(fleet.models)):
             steps = np.sort(latency[(outcomes.model == m) & np.isfinite(latency)])
             if len(steps):
-                axes.ecdf(steps, color=_colour(m), linestyle=_DASHES[m % len(_DASHES)])
+                axes.ecdf(steps, color=model_colour(m), linestyle=DASHES[m % len(DASHES)])
         _scale_latency(axes, "x", latency, fleet)
         for deadline in _deadlines(fleet):
             axes.axvline(deadline, color=_DEADLINE, linestyle="--", linewidth=1.4)
@@ -113,7 +113,7 @@ def latency_cdf(outcomes: Outcomes, verdicts: Verdicts, fleet: Fleet) -> str:
 def selection_over_time(outcomes: Outcomes, fleet: Fleet) -> str:
     """Stacked shares in equal slices of time; a slice without arrivals stays empty."""
     arrived_at = outcomes.requests.arrived_at
-    with _drawing("selection", 3.0) as (figure, svg):
+    with drawing("selection", 3.0) as (figure, svg):
         axes = figure.subplots()
         end_s = _end_s(arrived_at)
         edges = np.linspace(0.0, end_s, min(_NUM_BINS, max(10, len(arrived_at) // 10)) + 1)
@@ -122,7 +122,7 @@ def selection_over_time(outcomes: Outcomes, fleet: Fleet) -> str:
         tops = np.cumsum(shares[:, [*range(len(edges) - 1), -1]], axis=0)
         for row, top in enumerate(tops):
             floor = tops[row - 1] if row else np.zeros_like(top)
-            colour = _colour(row) if row < len(fleet.models) else _UNROUTED
+            colour = model_colour(row) if row < len(fleet.models) else _UNROUTED
             axes.fill_between(edges, floor, top, step="post", color=colour, linewidth=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(visible=False)
@@ -134,15 +134,15 @@ def selection_over_time(outcomes: Outcomes, fleet: Fleet) -> str:
 def selection_per_task(summary: dict[str, Any]) -> str:
     """One bar for each task that had requests, divided by model."""
     tasks = {name: block for name, block in summary["tasks"].items() if block["count"]}
-    with _drawing("tasks", 1.3 + 0.42 * max(1, len(tasks))) as (figure, svg):
+    with drawing("tasks", 1.3 + 0.42 * max(1, len(tasks))) as (figure, svg):
         axes = figure.subplots()
         for row, block in enumerate(tasks.values()):
             left = 0.0
             for m, share in enumerate(block["selection"].values()):
-                axes.barh(row, share or 0.0, 0.7, left, color=_colour(m), linewidth=0)
+                axes.barh(row, share or 0.0, 0.7, left, color=model_colour(m), linewidth=0)
                 if share and share >= 0.05:
                     axes.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center",
-                              color=_on(_colour(m)), fontsize=9)  # fmt: skip
+                              color=_on(model_colour(m)), fontsize=9)  # fmt: skip
                 left += share or 0.0
         axes.set_yticks(range(len(tasks)), list(tasks))
         axes.invert_yaxis()
@@ -155,11 +155,11 @@ def selection_per_task(summary: dict[str, Any]) -> str:
 
 def compared_performance(summaries: Sequence[dict[str, Any]]) -> str:
     """A bar for each policy's performance, a mark on it for its share of deadlines met."""
-    with _drawing("comparison", 1.3 + 0.42 * max(1, len(summaries))) as (figure, svg):
+    with drawing("comparison", 1.3 + 0.42 * max(1, len(summaries))) as (figure, svg):
         axes = figure.subplots()
         rows = range(len(summaries))
         values = [summary["performance"] or 0.0 for summary in summaries]
-        axes.barh(rows, values, 0.64, color=_COLOURS[4], linewidth=0)
+        axes.barh(rows, values, 0.64, color=COLOURS[4], linewidth=0)
         axes.scatter([summary["deadline_met"] or 0.0 for summary in summaries], rows, s=46, marker="D",
                      color=_DEADLINE, edgecolors=_INK, linewidths=0.6, zorder=3)  # fmt: skip
         for row, value in enumerate(values):
@@ -169,7 +169,7 @@ def compared_performance(summaries: Sequence[dict[str, Any]]) -> str:
         axes.grid(visible=False, axis="y")
         axes.set(xlabel="performance (1 = peak); share of deadlines met", xlim=(0, 1.02))
         marks = [
-            Line2D([], [], color=_COLOURS[4], marker="s", linestyle="", label="performance"),
+            Line2D([], [], color=COLOURS[4], marker="s", linestyle="", label="performance"),
             Line2D([], [], color=_DEADLINE, marker="D", linestyle="", label="share of deadlines met"),
         ]
         axes.legend(handles=marks, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
@@ -177,7 +177,7 @@ def compared_performance(summaries: Sequence[dict[str, Any]]) -> str:
 
 
 @contextmanager
-def _drawing(name: str, height_inches: float) -> Iterator[tuple[Figure, list[str]]]:
+def drawing(name: str, height_inches: float) -> Iterator[tuple[Figure, list[str]]]:
     """A figure to draw on; when it is left, its SVG is appended to the list. `name` is unique on a page."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
@@ -205,8 +205,8 @@ _SVG_TAG = (
 )
 
 
-def _colour(model: int) -> str:
-    return _COLOURS[model % len(_COLOURS)]
+def model_colour(model: int) -> str:
+    return COLOURS[model % len(COLOURS)]
 
 
 def _on(colour: str) -> str:
@@ -273,8 +273,8 @@ def _legend(
 def _legend_of(axes: Axes, model_names: Sequence[str], *, marker: str, extra: list[Line2D]) -> None:
     """Above the plot, where it hides nothing; lines if there is no marker."""
     models = [
-        Line2D([], [], color=_colour(m), label=name, marker=marker,
-               linestyle="" if marker else _DASHES[m % len(_DASHES)])
+        Line2D([], [], color=model_colour(m), label=name, marker=marker,
+               linestyle="" if marker else DASHES[m % len(DASHES)])
         for m, name in enumerate(model_names)
     ]  # fmt: skip
     handles = [*models, *extra]
