@@ -190,6 +190,33 @@ def serve_many(
     runs: Runs, service: Service, chooser: Chooser, advance: Callable[[int], None] | None = None
 ) -> Served:
     """Serve all runs; `advance` is told now and then how many more arrivals were routed in each."""
+    task = runs.task
+    if isinstance(chooser, StaticMany):
+        model = np.full(task.shape, chooser.model)
+        latency = _serve_fixed(runs, service, chooser.model)
+        if advance is not None:
+            advance(task.shape[1])
+    else:
+        model, latency = _serve_in_lock_step(runs, service, chooser, advance)
+    deadlines = np.array([t.deadline_ms_per_token for t in service.fleet.tasks])[task]
+    return Served(model, service.worth(task, model, latency), latency <= deadlines)
+
+
+def _serve_fixed(runs: Runs, service: Service, model: int) -> NDArray[np.float64]:
+    """Latencies, shape `(F, K)`, where nothing is left to choose: many times as fast."""
+    latencies = []
+    for workload in runs.workloads:
+        fleets = ParallelFleets(service.fleet, service.latency, [workload])
+        fleets.run(np.full(len(workload), model))
+        numbers = np.arange(len(workload))
+        latencies.append(fleets.latency_ms_per_token(np.zeros_like(numbers), numbers))
+    return np.stack(latencies)
+
+
+def _serve_in_lock_step(
+    runs: Runs, service: Service, chooser: Chooser, advance: Callable[[int], None] | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Models and latencies, both of shape `(F, K)`."""
     fleets = ParallelFleets(service.fleet, service.latency, runs.workloads)
     task, arrived_at = runs.task, np.stack([workload.arrived_at for workload in runs.workloads])
     model = np.zeros(task.shape, dtype=np.int64)
@@ -206,6 +233,4 @@ def serve_many(
     if advance is not None:
         advance(task.shape[1] % 500)
     rows, columns = np.indices(task.shape)
-    latency = fleets.latency_ms_per_token(rows, columns)
-    deadlines = np.array([t.deadline_ms_per_token for t in service.fleet.tasks])[task]
-    return Served(model, service.worth(task, model, latency), latency <= deadlines)
+    return model, fleets.latency_ms_per_token(rows, columns)
