@@ -3,7 +3,9 @@
 Once for a whole trace, for the simulator, and once as arrivals come, for the router; the two agree.
 """
 
+import math
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,28 @@ def arrival_rates_per_s(arrived_at: NDArray[np.float64]) -> NDArray[np.float64]:
     num_gaps = np.minimum(np.arange(len(arrived_at)), NUM_GAPS)
     span_s = arrived_at - arrived_at[np.arange(len(arrived_at)) - num_gaps]
     return np.asarray(num_gaps / np.maximum(span_s, np.maximum(num_gaps, 1) / MAX_RATE_PER_S))
+
+
+class RecentRates:
+    """Arrivals per second over several spans at once, older ones counting less and less."""
+
+    def __init__(self, spans_s: Sequence[float]) -> None:
+        self._spans_s = tuple(spans_s)
+        self._counts = [0.0] * len(self._spans_s)
+        self._last_at = 0.0
+
+    def observe(self, arrived_at: float) -> list[float]:
+        """Note an arrival (seconds, not before the last one); one rate per second for each span."""
+        elapsed_s, self._last_at = arrived_at - self._last_at, arrived_at
+        pairs = zip(self._counts, self._spans_s, strict=True)
+        self._counts = [count * math.exp(-elapsed_s / span_s) + 1.0 for count, span_s in pairs]
+        return [count / span_s for count, span_s in zip(self._counts, self._spans_s, strict=True)]
+
+
+def recent_rates_per_s(arrived_at: NDArray[np.float64], spans_s: Sequence[float]) -> NDArray[np.float64]:
+    """The same for a whole trace, shape `(N, S)`."""
+    rates = RecentRates(spans_s)
+    return np.array([rates.observe(at) for at in arrived_at.tolist()], dtype=np.float64)
 
 
 class ArrivalRateEstimator:

@@ -73,7 +73,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(num_iterations=1_200_000),
-    "demo": Recipe(
+    "dqn": Recipe(
         num_iterations=5000,
         discount=0.97,
         learning_rate=1e-3,
@@ -339,7 +339,7 @@ class Trainer:
         """Train to the end; whatever interrupts it, what was learned is kept for the next time."""
         recipe, training = self._recipe, self.training
         began_at = time.monotonic() - training.wall_s
-        with _torch_threads(recipe.num_threads), progress.bar("train", recipe.num_iterations) as bar:
+        with torch_threads(recipe.num_threads), progress.bar("train", recipe.num_iterations) as bar:
             bar.advance(training.iteration)
             try:
                 if training.iteration < recipe.num_iterations:
@@ -417,7 +417,7 @@ class Trainer:
 
 
 @contextmanager
-def _torch_threads(num_threads: int) -> Iterator[None]:
+def torch_threads(num_threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

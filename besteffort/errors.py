@@ -41,6 +41,10 @@ class PolicyError(InputError):
     """A policy's name or file cannot be used with this fleet."""
 
 
+class GateError(BestEffortError):
+    """A trained policy loses against a simpler one."""
+
+
 class EngineError(BestEffortError):
     """A model server could not be started, or died, or does not answer."""
 

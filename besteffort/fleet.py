@@ -135,6 +135,11 @@ class Fleet(_Table):
         return tuple(task.share / total for task in self.tasks)
 
     @property
+    def request_life_s(self) -> float:
+        """How long the longest request may take that just makes its deadline."""
+        return max(task.deadline_ms_per_token * task.num_output_tokens[1] for task in self.tasks) / 1000.0
+
+    @property
     def num_devices(self) -> int:
         """The GPUs, or the one CPU."""
         return max(1, self.num_gpus)

@@ -1,9 +1,13 @@
 """What a policy sees of the world, and how a network reads it: one place for training and serving.
 
-The paper's state (Sec. 3.2): the task, the batch size at each model, the current arrival rate.
+The paper's state (Sec. 3.2): the task, the batch size at each model, the current arrival rate. Beside
+it what the router knows as well: what surrounds the replica that a request would get, and the rate of
+arrivals over longer spans.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +20,10 @@ class Observation:
     task: int
     batch_sizes: NDArray[np.float64]  # (M,) requests in flight per replica of each model, their mean
     arrival_rate_per_s: float
+    arrived_at: float = 0.0  # s, by any clock that does not jump
+    neighbours: NDArray[np.float64] | None = None
+    """(M, M), row m: requests in flight around the replica that a request to model m would get: at that
+    replica itself on the diagonal, else at each other model on its device"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,5 +60,76 @@ class Encoding:
         np.minimum(scaled, self.CLIP, out=scaled)
         return inputs
 
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        return {"reads": "paper", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class FleetEncoding:
+    """The paper's state, and around it the neighbours and the rates over several spans.
+
+    First what tells of the fleet, then what tells of the request. Counts are there as logarithms too: one
+    request more at an idle model matters as much as ten more at a busy one.
+    """
+
+    num_tasks: int
+    num_models: int
+    in_flight_scale: tuple[float, ...]  # (M,) requests per replica
+    rate_scale_per_s: float
+    spans_s: tuple[float, ...]  # of `RecentRates`
+
+    CLIP = 4.0
+    NUM_LEVELS = 24.0  # of rates: below `rate_scale_per_s` over this they hardly differ
+
+    @property
+    def num_fleet_inputs(self) -> int:
+        return 2 * self.num_models + self.num_models**2
+
+    @property
+    def size(self) -> int:
+        return self.num_fleet_inputs + self.num_tasks + 2 * (1 + len(self.spans_s))
+
+    def encode_fleet(
+        self, batch_sizes: NDArray[np.floating], neighbours: NDArray[np.floating]
+    ) -> NDArray[np.float32]:
+        """From shapes `(N, M)` and `(N, M, M)`; the simulator has a compiled twin of this."""
+        linear = np.minimum(batch_sizes / np.array(self.in_flight_scale), self.CLIP)
+        around = neighbours.reshape(len(neighbours), -1)
+        parts = [linear, 0.5 * np.log1p(batch_sizes), 0.5 * np.log1p(around)]
+        inputs: NDArray[np.float32] = np.concatenate(parts, axis=1, dtype=np.float32)
+        return inputs
+
+    def encode_request(
+        self,
+        tasks: NDArray[np.integer],  # (N,)
+        arrival_rates_per_s: NDArray[np.floating],  # (N,)
+        recent_rates_per_s: NDArray[np.floating],  # (N, S)
+    ) -> NDArray[np.float32]:
+        inputs = np.zeros((len(tasks), self.size - self.num_fleet_inputs), dtype=np.float32)
+        inputs[np.arange(len(tasks)), tasks] = 1.0
+        rates = np.concatenate([arrival_rates_per_s[:, None], recent_rates_per_s], axis=1)
+        scaled = rates / self.rate_scale_per_s
+        num_rates = scaled.shape[1]
+        inputs[:, self.num_tasks : self.num_tasks + num_rates] = np.minimum(scaled, self.CLIP)
+        levels = np.minimum(self.NUM_LEVELS * scaled, 1000.0)
+        inputs[:, self.num_tasks + num_rates :] = 0.5 * np.log(levels + 0.1)
+        return inputs
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"reads": "fleet", **asdict(self)}
+
+
+def encoding_from_dict(given: Mapping[str, Any]) -> Encoding | FleetEncoding:
+    """What `to_dict` gave, through JSON.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    facts = dict(given)
+    reads = facts.pop("reads")
+    if reads == "paper":
+        return Encoding(**facts)
+    if reads == "fleet":
+        scales, spans_s = (tuple(facts.pop(name)) for name in ("in_flight_scale", "spans_s"))
+        return FleetEncoding(in_flight_scale=scales, spans_s=spans_s, **facts)
+    raise ValueError(f"no encoding {reads!r}")

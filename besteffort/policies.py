@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from besteffort.arrivals import RecentRates
 from besteffort.artifacts.policy_file import TrainedPolicy, load_policy
 from besteffort.artifacts.profile_file import load_latency
 from besteffort.artifacts.rewards_file import load_rewards
@@ -20,7 +21,8 @@ from besteffort.deadline import deadline_weight
 from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet, Task
 from besteffort.latency import Latency
-from besteffort.observation import Observation
+from besteffort.observation import Encoding, FleetEncoding, Observation
+from besteffort.q_network import QNetwork
 from besteffort.thresholds import RateSmoother, ThresholdTable
 
 BUILT_IN = (
@@ -151,16 +153,49 @@ class Thresholds:
 class Learned:
     """The highest Q-value (paper, Sec. 3.2)."""
 
-    trained: TrainedPolicy
+    network: QNetwork
+    encoding: Encoding
     name: str
 
     def choose(self, observation: Observation) -> int:
-        inputs = self.trained.encoding.encode(
+        inputs = self.encoding.encode(
             np.array([observation.task]),
             observation.batch_sizes[None, :],
             np.array([observation.arrival_rate_per_s]),
         )
-        return int(np.argmax(self.trained.network(inputs)[0]))
+        return int(np.argmax(self.network(inputs)[0]))
+
+
+@dataclass
+class LearnedOnFleet:
+    """The highest Q-value, by more than the paper's state."""
+
+    network: QNetwork
+    encoding: FleetEncoding
+    name: str
+    _rates: RecentRates = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rates = RecentRates(self.encoding.spans_s)
+
+    def choose(self, observation: Observation) -> int:
+        if observation.neighbours is None:
+            raise ValueError("this policy needs to see the neighbours")
+        rates_per_s = self._rates.observe(observation.arrived_at)
+        of_fleet = self.encoding.encode_fleet(observation.batch_sizes[None], observation.neighbours[None])
+        of_request = self.encoding.encode_request(
+            np.array([observation.task]),
+            np.array([observation.arrival_rate_per_s]),
+            np.array([rates_per_s]),
+        )
+        return int(np.argmax(self.network(np.concatenate([of_fleet, of_request], axis=1))[0]))
+
+
+def learned(trained: TrainedPolicy, name: str) -> Policy:
+    """What a trained network does, by the encoding that it was trained with."""
+    if isinstance(trained.encoding, FleetEncoding):
+        return LearnedOnFleet(trained.network, trained.encoding, name)
+    return Learned(trained.network, trained.encoding, name)
 
 
 def load_named_policy(
@@ -204,7 +239,7 @@ def load_named_policy(
         return simple[spec]()
     path = Path(spec)
     if path.suffix == ".safetensors" or path.exists():
-        return Learned(load_policy(path, fleet), name=f"trained:{path.stem}")
+        return learned(load_policy(path, fleet), name=f"trained:{path.stem}")
     raise PolicyError(
         f"--policy {spec}: no built-in policy and no such file; give a .safetensors file "
         f"or one of {', '.join(BUILT_IN)}"

@@ -178,7 +178,7 @@ def test_training_leaves_the_global_generators_alone(service: Service) -> None:
 
 
 def test_a_short_training_beats_every_static_model(service: Service) -> None:
-    recipe = replace(RECIPES["demo"], num_iterations=1000, evaluate_every=250)
+    recipe = replace(RECIPES["dqn"], num_iterations=1000, evaluate_every=250)
     training = Trainer(service, recipe, 0).run(Silent())
     workloads = [w for seed in (1, 2) for w in evaluation_workloads(service.fleet, seed)]
 
@@ -279,5 +279,5 @@ def test_a_soft_policy_is_trained_further_from_a_hard_one(
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are(fleet_dir: Path) -> None:
-    with pytest.raises(UsageError, match="choose one of paper, demo"):
+    with pytest.raises(UsageError, match="choose one of default, demo, paper, dqn"):
         train(fleet_dir, recipe="best", progress=Silent())

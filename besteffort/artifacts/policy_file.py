@@ -12,17 +12,17 @@ from safetensors.numpy import save_file
 from besteffort.artifacts import files
 from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet
-from besteffort.observation import Encoding
+from besteffort.observation import Encoding, FleetEncoding, encoding_from_dict
 from besteffort.q_network import QNetwork
 
-VERSION = 1
+VERSION = 2  # 1: the paper's state was the only encoding
 _MEND = "train it for this fleet with `besteffort train FLEET_DIR`, or name another with --policy"
 
 
 @dataclass(frozen=True)
 class TrainedPolicy:
     network: QNetwork
-    encoding: Encoding
+    encoding: Encoding | FleetEncoding
     facts: Mapping[str, Any]  # provenance: hashes of its inputs, the recipe, the seed, the result
 
 
@@ -66,13 +66,13 @@ def load_policy(path: Path, fleet: Fleet) -> TrainedPolicy:
         )
     try:
         trained_for = json.loads(metadata["contract"])
-        encoding = Encoding(**json.loads(metadata["encoding"]))
+        encoding = encoding_from_dict(json.loads(metadata["encoding"]))
         facts = json.loads(metadata["provenance"])
         network = _network(tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise PolicyError(f"{path}: damaged: {error}; {_MEND}") from None
     _check_contract(path, trained_for, contract(fleet))
-    expected = (len(fleet.tasks) + len(fleet.models) + 1, len(fleet.models))
+    expected = (encoding.size, len(fleet.models))
     if (network.num_inputs, network.num_outputs) != expected:
         raise PolicyError(
             f"{path}: its network maps {network.num_inputs} inputs to {network.num_outputs} models, "

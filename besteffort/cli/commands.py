@@ -175,7 +175,9 @@ def serve(
 
 def train(
     fleet_dir: FleetDir,
-    recipe: Annotated[str, typer.Option(help="How long, and with which hyper-parameters.")] = "demo",
+    recipe: Annotated[
+        str, typer.Option(help="default, demo, dqn or paper: see docs/training.md.")
+    ] = "default",
     seed: Seed = 0,
     init: Annotated[
         Path | None, typer.Option(metavar="POLICY", help="Fine-tune this policy instead of a fresh one.")
@@ -185,13 +187,17 @@ def train(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Instead of FLEET_DIR/policy.safetensors.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the policy even if it loses against a simpler one.")
+    ] = False,
 ) -> None:
-    """Fit a DQN to the fleet in a simulator built on its profile and its rewards.
+    """Fit a Q-network to the fleet in a simulator built on its profile and its rewards.
 
     \b
     Example:
       besteffort train artifacts/tiny-opt-cpu --rewards artifacts/titan-rtx-opt/rewards.parquet
     """
+    from besteffort.cli.tables import print_gate
     from besteffort.stages.train import train
 
     train(
@@ -202,6 +208,8 @@ def train(
         profile=profile,
         rewards=rewards,
         output=output,
+        force=force,
+        show=print_gate,
         progress=ConsoleProgress(),
     )
 

@@ -1,13 +1,16 @@
 """Results for a person, on standard output."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from besteffort.report import comparison_table
+
+if TYPE_CHECKING:
+    from besteffort.gate import Row
 
 
 def print_comparison(summaries: Sequence[dict[str, Any]]) -> None:
@@ -22,6 +25,20 @@ def print_comparison(summaries: Sequence[dict[str, Any]]) -> None:
         drawn.add_row(header, *(row[index] for row in table.rows))
     # A width that no log folds: numbers are compared down a column or not at all.
     width = None if Console().is_terminal else 160
+    Console(width=width, highlight=False).print(drawn)
+
+
+def print_gate(rows: "Sequence[Row]") -> None:
+    """A column per policy, and where the first one loses against one of the others."""
+    names = [one.policy for one in rows[0].reached]
+    drawn = Table("workload", *names, "loses to", title="Mean performance on held-out workloads")
+    for column in drawn.columns[1:-1]:
+        column.justify = "right"
+    for row in rows:
+        cells = [f"{one.performance:.4f}" for one in row.reached]
+        cells[0] += f" ± {row.reached[0].half_width:.4f}"
+        drawn.add_row(row.workload, *cells, ", ".join(one.policy for one in row.better))
+    width = None if Console().is_terminal else 200
     Console(width=width, highlight=False).print(drawn)
 
 

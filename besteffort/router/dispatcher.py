@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from besteffort.arrivals import ArrivalRateEstimator
 from besteffort.engines.running import Engine, Engines
@@ -51,7 +52,7 @@ class Dispatcher:
         """
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
-        model = self.policy.choose(self._observe(task)) if pinned is None else pinned
+        model = self.policy.choose(self._observe(task, arrived_at)) if pinned is None else pinned
         replica = self._least_loaded_replica(model)
         self.in_flight[model][replica] += 1
         try:
@@ -67,9 +68,21 @@ class Dispatcher:
         finally:
             self.in_flight[model][replica] -= 1
 
-    def _observe(self, task: int) -> Observation:
+    def _observe(self, task: int, arrived_at: float) -> Observation:
         batch_sizes = np.array([sum(counts) / len(counts) for counts in self.in_flight])
-        return Observation(task, batch_sizes, self.arrival_rate_per_s)
+        return Observation(task, batch_sizes, self.arrival_rate_per_s, arrived_at, self._neighbours())
+
+    def _neighbours(self) -> NDArray[np.float64]:
+        """What is in flight around the replica that the next request to each model gets, `(M, M)`."""
+        num_devices = self.fleet.num_devices
+        seen = []
+        for model, counts in enumerate(self.in_flight):
+            replica = counts.index(min(counts))
+            # Replicas are dealt over the devices in turn: see `Fleet.device_of`.
+            row = [sum(other[self.fleet.device_of(replica) :: num_devices]) for other in self.in_flight]
+            row[model] = counts[replica]
+            seen.append(row)
+        return np.array(seen, dtype=np.float64)
 
     def _least_loaded_replica(self, model: int) -> int:
         counts = self.in_flight[model]

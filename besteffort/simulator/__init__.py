@@ -4,7 +4,16 @@ What happens at one instant has an order: completions come before arrivals, and 
 order of the trace. The model of a replica is a fluid one, stated in `docs/dqn.md`.
 """
 
+from besteffort.simulator.branching import Branching, Routing
 from besteffort.simulator.fleets import ParallelFleets, simulate, simulate_choices
 from besteffort.simulator.trials import PlanSearch, ThresholdTrials
 
-__all__ = ["ParallelFleets", "PlanSearch", "ThresholdTrials", "simulate", "simulate_choices"]
+__all__ = [
+    "Branching",
+    "ParallelFleets",
+    "PlanSearch",
+    "Routing",
+    "ThresholdTrials",
+    "simulate",
+    "simulate_choices",
+]

@@ -25,6 +25,7 @@ from besteffort.simulator.core import (
     route_all,
     run,
 )
+from besteffort.simulator.courses import see_all_neighbours
 
 
 def idle_state(fleet: Fleet, latency: Latency, workloads: Sequence[Requests]) -> State:
@@ -143,6 +144,14 @@ class ParallelFleets:
         models = self._state.models
         return np.asarray(models["in_flight"] / models["num_replicas"])
 
+    @property
+    def neighbours(self) -> NDArray[np.float64]:
+        """`Observation.neighbours` of every fleet, shape `(F, M, M)`."""
+        num_fleets, num_models = self._state.models.shape
+        seen = np.zeros((num_fleets, num_models, num_models))
+        see_all_neighbours(self._state, seen)
+        return seen
+
     def route(self, index: int, models: NDArray[np.int64]) -> None:
         """Send request `index` of every fleet to the models of shape `(F,)`."""
         route_all(self._state, index, self._checked(models, len(self)))
@@ -200,7 +209,13 @@ def simulate(
     rates_per_s = arrival_rates_per_s(requests.arrived_at)
     for index in range(len(requests)):
         fleets.advance(index)
-        seen = Observation(int(requests.task[index]), fleets.batch_sizes[0], float(rates_per_s[index]))
+        seen = Observation(
+            task=int(requests.task[index]),
+            batch_sizes=fleets.batch_sizes[0],
+            arrival_rate_per_s=float(rates_per_s[index]),
+            arrived_at=float(requests.arrived_at[index]),
+            neighbours=fleets.neighbours[0],
+        )
         fleets.route(index, np.array([choose(seen)]))
     fleets.drain()
     return fleets.outcomes()

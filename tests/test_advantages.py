@@ -1,0 +1,218 @@
+"""Measured advantages: branches against whole simulations, and a tiny training from end to end."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from besteffort.advantages import (
+    ADVANTAGE_RECIPES,
+    AdvantageRecipe,
+    AdvantageTrainer,
+    RoundCheckpoints,
+    Sampler,
+    fleet_encoding_for,
+)
+from besteffort.artifacts.policy_file import TrainedPolicy, load_policy, save_policy
+from besteffort.dqn import export_network, make_network
+from besteffort.environment import Service
+from besteffort.errors import PolicyError
+from besteffort.fleet import Fleet
+from besteffort.latency import Latency
+from besteffort.observation import Encoding, Observation
+from besteffort.policies import learned
+from besteffort.progress import Silent
+from besteffort.q_network import QNetwork
+from besteffort.request import Requests
+from besteffort.rewards import Rewards
+from besteffort.router.dispatcher import Dispatcher
+from besteffort.simulator import Branching, simulate, simulate_choices
+from besteffort.workload import stable
+
+TINY = AdvantageRecipe(
+    num_rounds=2,
+    num_workloads=4,
+    num_branchings=6,
+    hidden_sizes=(8, 8),
+    num_steps=20,
+    batch_size=16,
+    evaluation_num_requests=30,
+)
+
+
+def make_service(num_gpus: int = 2, kind: str = "hard") -> Service:
+    """Two models; the good one makes its deadline only while it is not busy."""
+    tasks = [
+        {"name": "plain", "deadline_ms_per_token": 30, "lm_eval_task": "piqa"},
+        {"name": "hard", "deadline_ms_per_token": 30, "lm_eval_task": "copa"},
+    ]
+    models = [
+        {"name": "fast", "path": "x", "replicas": 2, "max_num_seqs": 8},
+        {"name": "good", "path": "x", "replicas": 2, "max_num_seqs": 8},
+    ]
+    facts = {"schema_version": 1, "name": "test", "models": models, "tasks": tasks, "num_gpus": num_gpus}
+    fleet = Fleet.model_validate({**facts, "deadline_kind": kind, "rate_scale": 0.5})
+    steps_ms = np.array([[2.0, 4.0], [20.0, 60.0]])
+    slowdown = np.ones((2, 4))
+    slowdown[:, 3] = 1.3
+    latency = Latency(np.array([1, 8]), steps_ms, np.array([2.0, 10.0]), np.array([0.1, 0.1]), slowdown)
+    values = np.array([[0.4, 0.8], [0.6, 0.9]])
+    unknown = np.full((2, 2), np.nan)
+    rewards = Rewards(values, unknown, np.zeros((2, 2), dtype=np.int64), ("acc",) * 2, "given")
+    return Service(fleet, latency, rewards)
+
+
+def drawn_network(service: Service, seed: int) -> QNetwork:
+    encoding = fleet_encoding_for(service.fleet)
+    return export_network(make_network((encoding.size, 8, 8, 2), np.random.default_rng(seed)))
+
+
+def make_branching(service: Service, requests: Requests, network: QNetwork | None = None) -> Branching:
+    sampler = Sampler(service, fleet_encoding_for(service.fleet), TINY)
+    return sampler._branching(requests, network, sampler._request_inputs(requests))
+
+
+def draw(service: Service, seed: int, num_requests: int = 60, rate: float = 20.0) -> Requests:
+    return stable(service.fleet, np.random.default_rng(seed), rate, num_requests=num_requests)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), at=st.integers(0, 59))
+def test_branching_returns_exactly_what_whole_simulations_come_to(seed: int, at: int) -> None:
+    service = make_service()
+    requests = draw(service, seed)
+    plan = np.random.default_rng(seed).integers(0, 2, len(requests))
+    branching = make_branching(service, requests)
+    branching.give(plan)
+    _, worth = branching.branch(np.array([at]), np.array([len(requests)]), 0.0)
+    totals = []
+    for model in range(2):
+        changed = plan.copy()
+        changed[at] = model
+        outcomes = simulate_choices(requests, service.fleet, service.latency, changed)
+        totals.append(service.worth(requests.task, changed, outcomes.latency_ms_per_token).sum())
+    assert worth[0, 1] - worth[0, 0] == pytest.approx(totals[1] - totals[0], abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), num_gpus=st.integers(0, 3))
+def test_the_simulator_decides_as_the_served_policy_does(seed: int, num_gpus: int) -> None:
+    service = make_service(num_gpus)
+    requests, network = draw(service, seed), drawn_network(service, seed)
+    _, models = make_branching(service, requests, network).serve()
+    policy = learned(TrainedPolicy(network, fleet_encoding_for(service.fleet), {}), "test")
+    outcomes = simulate(requests, service.fleet, service.latency, policy.choose)
+    np.testing.assert_array_equal(models, outcomes.model)
+
+
+def test_branches_leave_the_course_of_events_as_it_was() -> None:
+    service = make_service()
+    requests, network = draw(service, 1), drawn_network(service, 1)
+    branching = make_branching(service, requests, network)
+    before = branching.serve()
+    every = np.arange(len(requests))
+    branching.branch(every, np.minimum(every + 20, len(requests)), 0.0)
+    for a, b in zip(before, branching.serve(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_better_model_of_an_idle_fleet_has_the_advantage() -> None:
+    service = make_service()
+    requests = draw(service, 2, num_requests=10, rate=0.02)
+    every = np.arange(10)
+    _, worth = make_branching(service, requests).branch(every, every + 1, 0.0)
+    gain = np.array([0.5, 1 / 3])[requests.task]
+    np.testing.assert_allclose(worth[:, 1] - worth[:, 0], gain)
+
+
+class Recorded:
+    name = "recorded"
+
+    def __init__(self) -> None:
+        self.seen: list[Observation] = []
+
+    def choose(self, observation: Observation) -> int:
+        self.seen.append(observation)
+        return (len(self.seen) * 7 // 3) % 2
+
+
+def test_the_dispatcher_sees_what_the_simulator_sees() -> None:
+    """Requests that never end, so that both have the same in flight at every arrival."""
+    service = make_service()
+    requests = draw(service, 3, num_requests=12, rate=1e6)
+    simulated, served = Recorded(), Recorded()
+    simulate(requests, service.fleet, service.latency, simulated.choose)
+    now = iter(np.repeat(requests.arrived_at, 2))
+    engines = [[None, None], [None, None]]
+    dispatcher = Dispatcher(service.fleet, served, engines, clock=lambda: float(next(now)))  # type: ignore[arg-type]
+    with ExitStack() as in_flight:
+        for task in requests.task:
+            in_flight.enter_context(dispatcher.route(int(task)))
+    for a, b in zip(simulated.seen, served.seen, strict=True):
+        np.testing.assert_array_equal(a.neighbours, b.neighbours)
+        np.testing.assert_array_equal(a.batch_sizes, b.batch_sizes)
+        assert (a.task, a.arrived_at, a.arrival_rate_per_s) == (b.task, b.arrived_at, b.arrival_rate_per_s)
+
+
+def test_the_same_seed_gives_the_same_weights_however_many_threads() -> None:
+    service = make_service()
+    runs = [AdvantageTrainer(service, replace(TINY, num_threads=n), 1).run(Silent()) for n in (1, 3)]
+    for a, b in zip(runs[0].best.weights, runs[1].best.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert runs[0].curve == runs[1].curve
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    service = make_service()
+    whole = AdvantageTrainer(service, TINY, 1).run(Silent())
+    checkpoints = RoundCheckpoints(tmp_path / "rounds.safetensors", {"seed": 1})
+    first = AdvantageTrainer(service, replace(TINY, num_rounds=1), 1, checkpoints=checkpoints)
+    first.run(Silent())
+    again = AdvantageTrainer(service, TINY, 1, checkpoints=checkpoints)
+    assert again.resumed
+    assert again.training.iteration == 1
+    resumed = again.run(Silent())
+    assert resumed.curve == whole.curve
+    for a, b in zip(resumed.best.weights, whole.best.weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    other = RoundCheckpoints(tmp_path / "rounds.safetensors", {"seed": 2})
+    assert not AdvantageTrainer(service, TINY, 1, checkpoints=other).resumed
+
+
+def test_a_short_training_beats_both_static_models() -> None:
+    service = make_service()
+    recipe = replace(ADVANTAGE_RECIPES["demo"], num_rounds=3, num_workloads=16)
+    trainer = AdvantageTrainer(service, recipe, 0)
+    training = trainer.run(Silent())
+    workloads = [draw(service, seed, 400, rate) for seed, rate in ((1, 5.0), (2, 15.0), (3, 30.0))]
+
+    def performance(models: np.ndarray | None, requests: Requests) -> float:
+        branching = make_branching(service, requests, training.best)
+        if models is not None:
+            branching.give(models)
+        return float(branching.serve()[0].mean())
+
+    reached = np.mean([performance(None, w) for w in workloads])
+    static = [np.mean([performance(np.full(400, m), w) for w in workloads]) for m in range(2)]
+    assert reached > max(static) + 0.02
+
+
+def test_the_encoding_comes_back_from_the_policy_file_and_an_old_file_is_refused(tmp_path: Path) -> None:
+    service = make_service()
+    encoding, path = fleet_encoding_for(service.fleet), tmp_path / "policy.safetensors"
+    save_policy(path, TrainedPolicy(drawn_network(service, 0), encoding, {}), service.fleet)
+    assert load_policy(path, service.fleet).encoding == encoding
+    save_policy(path, TrainedPolicy(drawn_network(service, 0), Encoding(2, 2, 8.0, 10.0), {}), service.fleet)
+    with pytest.raises(PolicyError, match="maps"):
+        load_policy(path, service.fleet)
+    with safe_open(path, framework="numpy") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {**metadata, "schema_version": "1"})
+    with pytest.raises(PolicyError, match="schema version '1' is unknown"):
+        load_policy(path, service.fleet)
