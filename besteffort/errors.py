@@ -47,7 +47,3 @@ class GateError(BestEffortError):
 
 class EngineError(BestEffortError):
     """A model server could not be started, or died, or does not answer."""
-
-
-class ReplayError(BestEffortError):
-    """A replay could not be carried out, for a reason other than its input."""

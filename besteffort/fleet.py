@@ -7,8 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from besteffort.errors import FleetError
+from besteffort.http_url import is_http_url
 
-SCHEMA_VERSION = 1
+# Clients that give it as their model leave the choice to the policy.
+RESERVED_NAME = "besteffort"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 # Inclusive bounds of a uniform draw, in tokens.
@@ -57,6 +59,11 @@ class Model(_Table):
             )
         if self.tokenizer is not None and self.urls is None:
             raise ValueError("tokenizer goes only with urls: other models bring their own; remove it")
+        wrong = [url for url in self.urls or () if not is_http_url(url)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no URL; give one such as http://127.0.0.1:8001")
+        if self.name == RESERVED_NAME:
+            raise ValueError(f"{RESERVED_NAME!r} is the router's own name: give the model another")
         if self.urls is not None and len(self.urls) != self.replicas:
             raise ValueError(f"{len(self.urls)} urls for {self.replicas} replicas: make them equal")
         return self

@@ -17,7 +17,9 @@ from besteffort.artifacts.profile_file import save_samples
 from besteffort.latency import Sample
 from tests.conftest import ROOT
 
-TABLE_1 = ROOT / "artifacts" / "titan-rtx-opt" / "rewards.parquet"
+TITAN = ROOT / "artifacts" / "titan-rtx-opt"
+TABLE_1 = TITAN / "rewards.parquet"
+NOBODY = "http://127.0.0.1:9"  # the discard port, where nobody answers
 COMMANDS = ("profile", "score", "tune", "train", "serve", "replay", "demo", "doctor", "trace")
 
 
@@ -175,6 +177,16 @@ def test_a_trained_policy_can_be_replayed_and_another_fleet_refuses_it(
         (("serve", "FLEET", "--policy", "x.safetensors"), "x.safetensors: no such file"),
         (("serve", "FLEET", "--policy", "random", "--engine", "opt-3m"), "not MODEL=URL"),
         (("serve", "FLEET", "--policy", "random", "--port", 0, "--engine", "x=http://a"), "no model 'x'"),
+        (("serve", "FLEET", "--policy", "random", "--engine", "opt-3m=http://bad:port:xx"), "not MODEL=URL"),
+        (("serve", TITAN, "--policy", "random", "--port", 0), "needs 4 GPUs and this machine has"),
+        (
+            ("replay", "TRACE", "FLEET", "--policy", "random", "--rewards", TABLE_1, "--name", "../x"),
+            "--name",
+        ),
+        (
+            ("replay", "TRACE", "FLEET", "--url", "http://127.0.0.1:9", "--rewards", TABLE_1),
+            "no besteffort router",
+        ),
         (("replay", "/nowhere.parquet", "FLEET", "--policy", "greedy", "--simulate"), "/nowhere.parquet"),
         (("replay", "TRACE", "FLEET", "--rewards", TABLE_1), "--policy is missing"),
         (("replay", "TRACE", "FLEET", "--simulate", "--url", "http://a"), "exclude each other"),

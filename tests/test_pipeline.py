@@ -4,6 +4,7 @@ The stages share one fleet and one folder; a later test uses what an earlier one
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -218,6 +220,20 @@ def test_serve_starts_its_engines_and_ctrl_c_ends_everything(lone_fleet_dir: Pat
     assert not alive
 
 
+def test_sigterm_with_a_stream_open_ends_the_router_in_order(
+    tiny_engines: TinyEngines,
+) -> None:
+    with router(tiny_engines, "static:opt-90m") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        asked = {"model": "besteffort", "prompt": "x", "max_tokens": 480, "stream": True}
+        stream = iter(client.completions.create(**asked))
+        next(stream)
+    # The router has ended, with status 0, as `router` asserts; the stream ended with it or before.
+    with contextlib.suppress(openai.APIError, httpx.HTTPError):
+        list(stream)
+    client.close()
+
+
 def test_kill_9_of_serve_leaves_no_engine_behind(lone_fleet_dir: Path) -> None:
     port = free_port()
     with _starting(lone_fleet_dir, port) as process:
@@ -252,8 +268,9 @@ def test_a_replay_that_is_interrupted_reports_what_was_answered(
         time.sleep(12)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 1
     assert "what was answered so far is in" in stderr
     summary = json.loads((tiny_engines.fleet_dir / "replays" / "cut" / "summary.json").read_text())
     assert summary["provenance"]["interrupted"] is True
-    assert 0 < summary["answered"] < summary["sent"]
+    # Of 400 or so in 40 s, those of the first seconds, whether or not they were answered in time.
+    assert 0 < summary["answered"] <= summary["sent"] < 300

@@ -109,6 +109,31 @@ def test_an_unknown_model_gets_a_404_in_openai_s_schema(served: Served, model: o
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/completions", 405),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/models", 405),
+        ("POST", "/", 404),
+    ],
+)
+def test_unknown_paths_and_methods_get_errors_in_openai_s_schema(
+    served: Served, method: str, path: str, status: int
+) -> None:
+    connection = http.client.HTTPConnection(urlsplit(served.url).netloc, timeout=20)
+    connection.request(method, path)
+    response = connection.getresponse()
+    assert response.status == status
+    assert json.loads(response.read())["error"]["type"] == "invalid_request_error"
+    connection.close()
+
+
+def test_json_nested_too_deep_to_parse_gets_a_400(served: Served) -> None:
+    status, _, answer = served.post(b'{"prompt":' + b"[" * 200_000)
+    assert (status, json.loads(answer)["error"]["code"]) == (400, "invalid_json")
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff\xfe"])
 def test_a_body_that_is_no_json_object_gets_a_400(served: Served, body: bytes) -> None:
     status, _, answer = served.post(body)
@@ -118,7 +143,7 @@ def test_a_body_that_is_no_json_object_gets_a_400(served: Served, body: bytes) -
 def test_an_engine_s_own_refusal_is_passed_on_as_it_is(served: Served) -> None:
     status, _, answer = served.post({"model": "large", "prompt": "refuse"})
     assert (status, json.loads(answer)["error"]["message"]) == (400, "too long")
-    assert 'outcome="refused"' in served.metrics()
+    wait_for(lambda: 'outcome="refused"' in served.metrics())
 
 
 def test_the_openai_package_streams_through_the_router(served: Served) -> None:
@@ -154,7 +179,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(served: Served) -> No
     *_, last = [line for line in answer.split(b"\n\n") if line]
     assert status == 200
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_failed"
-    assert served.num_in_flight == 0
+    wait_for(lambda: served.num_in_flight == 0)
 
 
 def test_an_engine_that_nobody_serves_gives_a_502_and_no_count_is_left(fleet: Fleet) -> None:
@@ -162,14 +187,15 @@ def test_an_engine_that_nobody_serves_gives_a_502_and_no_count_is_left(fleet: Fl
     dispatcher = Dispatcher(fleet, RoundRobin(), ((dead, dead), (dead,)))
     with serving(build_app(dispatcher)) as url:
         status, _, answer = Served(url, dispatcher, []).post({"model": "besteffort", "prompt": "x"})
-    assert (status, json.loads(answer)["error"]["type"]) == (502, "server_error")
-    assert dispatcher.in_flight == [[0, 0], [0]]
+        assert (status, json.loads(answer)["error"]["type"]) == (502, "server_error")
+        wait_for(lambda: dispatcher.in_flight == [[0, 0], [0]])
 
 
 def test_metrics_count_requests_and_their_deadlines(served: Served) -> None:
     served.post({"model": "besteffort/copa", "prompt": "x", "max_tokens": 4, "stream": True})
+    answered = 'besteffort_requests_total{model="small",outcome="ok",task="copa"} 1.0'
+    wait_for(lambda: answered in served.metrics())
     text = served.metrics()
-    assert 'besteffort_requests_total{model="small",outcome="ok",task="copa"} 1.0' in text
     assert 'besteffort_deadlines_total{met="yes",model="small",task="copa"} 1.0' in text
     assert 'besteffort_latency_ms_per_token_count{model="small",task="copa"} 1.0' in text
     assert 'besteffort_in_flight{model="large",replica="0"} 0.0' in text

@@ -30,6 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # some writers make it readable by its owner alone
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
@@ -39,6 +40,13 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):  # what stopped the write may stop this too
             temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's, which can only be read by setting it."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
 
 
 def write_text(path: Path, text: str) -> None:

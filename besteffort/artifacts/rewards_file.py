@@ -71,6 +71,17 @@ def load_rewards(path: Path, fleet: Fleet) -> Rewards:
     )
 
 
+def doubt(path: Path, rewards: Rewards, fleet: Fleet) -> str | None:
+    """Why these rewards should not be routed by, if there is a reason."""
+    random = [model.name for model in fleet.models if model.architecture is not None]
+    if not random or rewards.source == "given":
+        return None
+    return (
+        f"{path} was measured on random weights ({', '.join(random)}), so that what it says of them is "
+        "chance; name other rewards with --rewards"
+    )
+
+
 def _entry(
     entries: Mapping[tuple[str, str], dict[str, Any]],
     task: str,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from besteffort.errors import UsageError
+from besteffort.http_url import is_http_url
 
 FleetDir = Annotated[
     Path, typer.Argument(metavar="FLEET_DIR", help="The fleet, such as artifacts/tiny-opt-cpu.")
@@ -42,7 +43,7 @@ def parse_engines(given: list[str] | None) -> dict[str, list[str]]:
     urls: dict[str, list[str]] = {}
     for item in given or []:
         model, equals, url = item.partition("=")
-        if not (equals and model and url.startswith(("http://", "https://"))):
+        if not (equals and model and is_http_url(url)):
             raise UsageError(f"--engine {item}: not MODEL=URL, as in opt-3m=http://127.0.0.1:8001")
         urls.setdefault(model, []).append(url)
     return urls

@@ -84,8 +84,10 @@ async def complete(
                 if event.get("usage"):
                     num_tokens = event["usage"]["completion_tokens"]
             answer_headers = dict(response.headers)
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         raise EngineError(f"{type(error).__name__}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"an answer that makes no sense ({type(error).__name__}: {error})") from error
     if not chunk_at or not num_tokens:
         raise EngineError("the stream ended without a token or without its count")
     return Completion(sent_at, tuple(chunk_at), num_tokens, answer_headers)

@@ -17,7 +17,7 @@ _LEAD_S = 0.2
 
 
 class Ledger:
-    """What became of each request so far; rows never reached keep their error."""
+    """What became of each request so far. Requests are sent in order, each after those before it."""
 
     def __init__(self, requests: Requests, fleet: Fleet) -> None:
         self._requests = requests
@@ -28,6 +28,11 @@ class Ledger:
         self._sent_at, self._first_token_at, self._last_token_at = np.full((3, num), np.nan)
         self._num_tokens = np.zeros(num, dtype=np.int64)
         self._error = ["interrupted before it was answered"] * num
+        self._num_sent = 0
+
+    def sent(self, row: int, sent_at: float) -> None:
+        self._sent_at[row] = sent_at
+        self._num_sent = row + 1
 
     def answered(self, row: int, completion: Completion, began_at: float) -> None:
         self._sent_at[row] = completion.sent_at - began_at
@@ -36,24 +41,31 @@ class Ledger:
         self._num_tokens[row] = completion.num_tokens
         self._error[row] = ""
         model = completion.headers.get("x-besteffort-model")
-        if model in self._fleet.model_names:
+        replica = completion.headers.get("x-besteffort-replica", "")
+        if model in self._fleet.model_names and replica.isdecimal():
             self._model[row] = self._fleet.model_names.index(model)
-            self._replica[row] = int(completion.headers.get("x-besteffort-replica", -1))
+            self._replica[row] = int(replica)
 
-    def failed(self, row: int, sent_at: float, error: EngineError) -> None:
-        self._sent_at[row] = sent_at
+    def failed(self, row: int, error: EngineError) -> None:
         self._error[row] = str(error)
 
     def outcomes(self) -> Outcomes:
+        """Of the requests that were sent: all of them, unless the replay was cut short."""
+        requests, sent = self._requests, slice(self._num_sent)
         return Outcomes(
-            requests=self._requests,
-            model=self._model,
-            replica=self._replica,
-            sent_at=self._sent_at,
-            first_token_at=self._first_token_at,
-            last_token_at=self._last_token_at,
-            num_tokens_received=self._num_tokens,
-            error=self._error,
+            requests=Requests(
+                requests.arrived_at[sent],
+                requests.task[sent],
+                requests.num_prompt_tokens[sent],
+                requests.num_output_tokens[sent],
+            ),
+            model=self._model[sent],
+            replica=self._replica[sent],
+            sent_at=self._sent_at[sent],
+            first_token_at=self._first_token_at[sent],
+            last_token_at=self._last_token_at[sent],
+            num_tokens_received=self._num_tokens[sent],
+            error=self._error[sent],
         )
 
 
@@ -93,9 +105,9 @@ async def _send(
     began_at: float,
     bar: Bar,
 ) -> None:
-    sent_at = time.perf_counter()
+    ledger.sent(row, time.perf_counter() - began_at)
     try:
         ledger.answered(row, await complete(session, url, body, headers), began_at)
     except EngineError as error:
-        ledger.failed(row, sent_at - began_at, error)
+        ledger.failed(row, error)
     bar.advance()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from besteffort.engines.child import Child, free_port
+from besteffort.engines.gpus import gpu_names
 from besteffort.engines.vllm import start_server
 from besteffort.errors import EngineError, UsageError
 from besteffort.fleet import Fleet, Model
@@ -38,10 +39,13 @@ def running_engines(fleet: Fleet, fleet_dir: Path, attached: Urls, progress: Pro
     """Every replica of the fleet, ready to answer; those started here are stopped at the end.
 
     Raises:
-        UsageError: `attached` names a model or a number of replicas that the fleet does not have.
+        UsageError: `attached` names a model or a number of replicas that the fleet does not have,
+            or servers would have to be started for which this machine has too few GPUs.
         EngineError: a server died at its start, or did not get ready in time, or does not answer.
     """
     urls = _attached_urls(fleet, attached)
+    if len(urls) < len(fleet.models):
+        _check_hardware(fleet)
     children: list[tuple[Child, str]] = []
     try:
         by_model = []
@@ -79,6 +83,16 @@ def _attached_urls(fleet: Fleet, attached: Urls) -> dict[str, list[str]]:
             )
         urls[name] = list(given)
     return {name: [url.rstrip("/") for url in of_model] for name, of_model in urls.items()}
+
+
+def _check_hardware(fleet: Fleet) -> None:
+    """Before servers are started that would fight for what is not there."""
+    num_gpus = len(gpu_names()) if fleet.num_gpus else 0
+    if num_gpus < fleet.num_gpus:
+        raise UsageError(
+            f"fleet {fleet.name!r} needs {fleet.num_gpus} GPUs and this machine has {num_gpus}: attach to "
+            "servers elsewhere with --engine MODEL=URL, or choose another fleet"
+        )
 
 
 def _start(fleet: Fleet, fleet_dir: Path, model: Model, replica: int) -> tuple[Child, str]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from besteffort.fleet import Fleet
+from besteffort.fleet import RESERVED_NAME, Fleet
 
 TASK_HEADER = "x-besteffort-task"
-PREFIX = "besteffort"
+PREFIX = RESERVED_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Completions:
             )
         except ClientDisconnect:
             return
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             refusal = error_response(400, "The body is not a JSON object", "invalid_json")
             await refusal(scope, receive, send)
         except UnknownAddressError as error:
@@ -85,6 +85,8 @@ class Completions:
                 await asyncio.wait({passing, leaving}, return_when=asyncio.FIRST_COMPLETED)
                 if not passing.done():
                     answer.outcome = "cancelled"
+            except asyncio.CancelledError:  # the server stops, and has waited long enough
+                answer.outcome = "cancelled"
             finally:
                 passing.cancel()
                 leaving.cancel()
@@ -122,7 +124,8 @@ class _Answer:
     async def pass_on(
         self, session: aiohttp.ClientSession, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        headers = {"content-type": "application/json"}
+        # What the client did not ask to be compressed is not, and its tokens can be counted.
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
         try:
             async with session.post(self._url, data=self._body, headers=headers) as response:
                 await self._pass_on(response, send)

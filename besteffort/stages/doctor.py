@@ -3,12 +3,12 @@
 import os
 import platform
 import shutil
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 from besteffort import __version__
+from besteffort.engines.gpus import gpu_names
 
 # What each is for, and how to get it.
 _PACKAGES = {
@@ -57,16 +57,6 @@ def _gpus() -> list[Finding]:
     if not names:
         return [Finding("GPU", "none", "nvidia-smi does not answer")]
     return [Finding(f"GPU {index}", name, "") for index, name in enumerate(names)]
-
-
-def gpu_names() -> list[str]:
-    """What `nvidia-smi` lists, with memory; empty where it is missing or finds none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    return [line.strip() for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
 
 
 def _what_would_run() -> Finding:

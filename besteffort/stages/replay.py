@@ -1,12 +1,14 @@
 """`replay`: a trace through the router over real engines, or through the simulator; one report for both."""
 
 import asyncio
+import re
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from json import loads
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,7 @@ import numpy as np
 
 from besteffort.artifacts import files
 from besteffort.artifacts.profile_file import load_latency
-from besteffort.artifacts.rewards_file import load_rewards
+from besteffort.artifacts.rewards_file import doubt, load_rewards
 from besteffort.artifacts.thresholds_file import load_thresholds
 from besteffort.engines.child import Child, free_port
 from besteffort.engines.open_loop import Ledger, send_open_loop
@@ -62,13 +64,17 @@ def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
         InputError: the fleet, the trace, the rewards or the policy cannot be used.
         EngineError: an engine or the router did not start.
     """
+    if spec.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", spec.name):
+        raise UsageError(f"--name {spec.name!r}: give a plain folder name, of letters, digits, '.', '_', '-'")
     fleet = load_fleet(spec.fleet_dir)
     requests = load_trace(spec.trace, fleet)
     rewards = load_rewards(spec.rewards, fleet)
+    if reason := doubt(spec.rewards, rewards, fleet):
+        progress.say(f"warning: {reason}")
     # Loaded before any engine starts, so that a wrong one is told at once.
     sees_the_future = spec.policy == HINDSIGHT and spec.simulated
     policy = None if sees_the_future else _policy(spec, fleet)
-    policy_name = _name(spec, policy)
+    policy_name = _name(spec, policy, fleet)
     interrupt = None
     if sees_the_future:
         outcomes = _in_hindsight(spec, fleet, requests, rewards, progress)
@@ -77,6 +83,8 @@ def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
         outcomes = simulate(requests, fleet, latency, policy.choose)
     else:
         outcomes, interrupt = _send(spec, fleet, requests, progress)
+    if interrupt is not None and len(outcomes) == 0:
+        raise interrupt
     engine: Literal["simulated", "vllm"] = "simulated" if spec.simulated else "vllm"
     trace_name = spec.trace.stem
     summary = summarise(outcomes, fleet, rewards, policy=policy_name, trace=trace_name, engine=engine)
@@ -88,10 +96,10 @@ def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
     return summary, folder
 
 
-def _name(spec: Replay, policy: Policy | None) -> str:
+def _name(spec: Replay, policy: Policy | None, fleet: Fleet) -> str:
     if policy is not None:
         return policy.name
-    return _policy_of_router(spec.url) if spec.url is not None else str(spec.policy)
+    return _policy_of_router(spec.url.rstrip("/"), fleet) if spec.url is not None else str(spec.policy)
 
 
 def _in_hindsight(
@@ -144,15 +152,23 @@ def _policy(spec: Replay, fleet: Fleet) -> Policy | None:
     )
 
 
-def _policy_of_router(url: str) -> str:
+def _policy_of_router(url: str, fleet: Fleet) -> str:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=10) as response:  # noqa: S310
-            return str(loads(response.read())["policy"])
-    except (OSError, urllib.error.URLError, ValueError, KeyError) as error:
+            health = loads(response.read())
+        served = (health["fleet"], tuple(health["tasks"]), tuple(health["models"]))
+        policy = str(health["policy"])
+    except (OSError, urllib.error.URLError, HTTPException, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"--url {url}: no besteffort router answers there ({error}); "
             "start one with `besteffort serve`, or leave --url out"
         ) from None
+    if served != (fleet.name, fleet.task_names, fleet.model_names):
+        raise UsageError(
+            f"--url {url}: that router serves fleet {served[0]!r}, or other tasks or models than "
+            f"{fleet.name!r} has; name its own fleet directory"
+        )
+    return policy
 
 
 def _send(

@@ -17,6 +17,8 @@ from besteffort.router import Dispatcher, build_app
 
 # Connections that the kernel holds for us while we are busy: a burst is not refused.
 _BACKLOG = 2048
+# Streams that still run when we are told to stop have this long to end.
+GRACE_S = 10
 
 
 def serve(
@@ -53,7 +55,13 @@ def serve(
             app = build_app(Dispatcher(fleet, chosen, engines))
             url = f"http://{host}:{listener.getsockname()[1]}"
             progress.say(f"serving {fleet.name} by {chosen.name} at {url}/v1 (Ctrl-C ends it)")
-            config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
+            config = uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=GRACE_S,
+            )
             # uvicorn ends in order on SIGINT and SIGTERM, and then raises them again for its caller,
             # to whom being told to stop is no error.
             with contextlib.suppress(KeyboardInterrupt):
