@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from besteffort.artifacts import files
+from besteffort.artifacts.policy_file import TrainedPolicy
 from besteffort.fleet import Fleet
 from besteffort.paper.experiments import Effort, Experiments
 from besteffort.paper.figures import Drawing, draw_all
@@ -28,11 +29,24 @@ class Context:
     rewards: Rewards
     effort: Effort
     profile_source: str  # modelled | measured
+    policies: Mapping[str, TrainedPolicy]  # by variant
     facts: Mapping[str, Any]
 
     @property
     def engine(self) -> str:
         return f"simulated on a {self.profile_source} profile"
+
+    @property
+    def training(self) -> str:
+        """How the policies came about, as their files tell."""
+        return "; ".join(f"{name}: {_training(policy.facts)}" for name, policy in self.policies.items())
+
+
+def _training(facts: Mapping[str, Any]) -> str:
+    told = [f"recipe {facts.get('recipe_name', 'unknown')}", f"seed {facts.get('seed', 'unknown')}"]
+    if isinstance(facts.get("wall_s"), int | float):
+        told.append(f"trained in {facts['wall_s']:.0f} s")
+    return ", ".join(told)
 
 
 def write_pages(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from besteffort.artifacts.files import sha256, write_text
@@ -48,6 +49,7 @@ def run_paper(
         rewards=inputs.rewards,
         effort=effort,
         profile_source=_source(profile),
+        policies=policies,
         facts={"stage": "paper", "fleet": fleet.name, **asdict(effort), "sha256": hashes},
     )
     return write_pages(fleet_dir / "paper", docs_dir, experiments, context)
@@ -84,19 +86,19 @@ def train_paper(
     fleet = load_fleet(fleet_dir)
     check_tasks(fleet)
     fleets: Mapping[str, Fleet] = variants(fleet)
-    options = {} if recipe is None else {"recipe": recipe}
+    run = train if recipe is None else partial(train, recipe=recipe)
     for name, variant in fleets.items():
         progress.say(f"{name}: {policy_path(fleet_dir, name)}")
         workplace = fleet_dir / "train-paper" / name
         write_text(workplace / "fleet.toml", as_toml(variant))
-        train(
+        run(
             workplace,
             seed=seed,
             init=policy_path(fleet_dir, HARD) if name == SOFT else None,
             profile=fleet_dir / "profile.parquet",
             rewards=fleet_dir / "rewards.parquet",
             output=policy_path(fleet_dir, name),
+            force=True,  # the page shows where it loses
             progress=progress,
-            **options,
         )
     return [policy_path(fleet_dir, name) for name in fleets]
