@@ -25,8 +25,10 @@ from besteffort.arrivals import arrival_rates_per_s, recent_rates_per_s
 from besteffort.artifacts.files import write_atomically
 from besteffort.dqn import Evaluation, export_network, import_network, make_network, torch_threads
 from besteffort.environment import HIGHEST_RATE_PER_S, Service
+from besteffort.evolution import maximise
 from besteffort.fleet import Fleet
 from besteffort.observation import FleetEncoding
+from besteffort.offsets import Offsets
 from besteffort.progress import Progress
 from besteffort.q_network import QNetwork
 from besteffort.request import Requests
@@ -69,6 +71,14 @@ class AdvantageRecipe:
     """share of random decisions in these"""
     hidden_sizes: tuple[int, int] = (64, 64)
     """of the MLP"""
+    num_searches: int = 4
+    """after the rounds, for offsets to the best network's values; a checkpoint is written after each"""
+    num_generations: int = 15
+    """of CMA-ES in each"""
+    search_step: float = 0.12
+    """how far the first one looks around, in units of the network's values; the others look less far"""
+    search_num_requests: int = 1500
+    """of each steady workload of the search; an unpredictable one has three times as many"""
     num_steps: int = 1200
     """of gradient descent in each round"""
     batch_size: int = 512
@@ -88,13 +98,16 @@ class AdvantageRecipe:
 
 
 ADVANTAGE_RECIPES = {
-    "default": AdvantageRecipe(num_rounds=12),
+    "default": AdvantageRecipe(num_rounds=9),
     "demo": AdvantageRecipe(
         num_rounds=6,
         num_workloads=40,
         num_steps=400,
         num_rounds_kept=4,
         evaluation_num_requests=500,
+        num_searches=1,
+        num_generations=4,
+        search_num_requests=300,
         gate_num_seeds=2,
         gate_num_requests=1000,
     ),
@@ -145,15 +158,6 @@ class Sampler:
         with ThreadPoolExecutor(self._recipe.num_threads) as pool:
             return join(list(pool.map(lambda rng: self._measure_one(network, rng), rngs)))
 
-    def performance(self, network: QNetwork, workloads: list[Requests]) -> NDArray[np.float64]:
-        """Mean worth of the requests of each workload, shape `(W,)`."""
-
-        def one(requests: Requests) -> float:
-            return float(self._branching(requests, network, self._request_inputs(requests)).serve()[0].mean())
-
-        with ThreadPoolExecutor(self._recipe.num_threads) as pool:
-            return np.array(list(pool.map(one, workloads)))
-
     def _measure_one(self, network: QNetwork | None, rng: np.random.Generator) -> Measured:
         recipe, requests = self._recipe, self._draw(rng)
         at = requests.arrived_at
@@ -174,6 +178,9 @@ class Sampler:
             branching.give(branching.serve()[1])
         of_fleet, worth = branching.branch(starts, until, 1000.0 * recipe.fade_lives * self._life_s)
         return Measured(np.concatenate([of_fleet, request_inputs[starts]], axis=1), worth)
+
+    def branching_on(self, requests: Requests) -> Branching:
+        return self._branching(requests, None, self._request_inputs(requests))
 
     def _branching(
         self, requests: Requests, network: QNetwork | None, request_inputs: NDArray[np.float32]
@@ -249,13 +256,12 @@ class Fitter:
     def _fit_size(
         self, inputs: Tensor, sizes: NDArray[np.float64], rng: np.random.Generator
     ) -> NDArray[np.float64]:
-        """As Laplace's distribution has it, whose scale is the mean of the absolute values."""
-        wanted = torch.from_numpy((sizes + 0.005).astype(np.float32))
+        """The geometric mean: a few large ones shall not drown the small ones of the same state."""
+        wanted = torch.from_numpy(np.log(sizes + 0.01).astype(np.float32))
         optimizer = torch.optim.Adam(self.size.parameters(), lr=5e-3)
         for _ in range(self._recipe.num_steps // 2):
             rows = torch.from_numpy(rng.integers(len(inputs), size=self._recipe.batch_size))
-            log_size = self.size(inputs[rows])[:, 0]
-            loss = (log_size + torch.clamp(wanted[rows] * torch.exp(-log_size), max=20.0)).mean()
+            loss = ((self.size(inputs[rows])[:, 0] - wanted[rows]) ** 2).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -286,13 +292,33 @@ class Fitter:
         return float(np.mean(losses[len(losses) // 2 :]) / (wanted**2).mean())
 
 
-def evaluation_workloads(fleet: Fleet, num_requests: int) -> list[Requests]:
-    """A steady one for each of `EVALUATION_RATES_PER_S`, and two of each unpredictable kind."""
-    rngs = np.random.default_rng([EVALUATION_SEED, 1]).spawn(len(EVALUATION_RATES_PER_S) + 4)
-    steady = [stable(fleet, rng, rate, num_requests=num_requests)
-              for rng, rate in zip(rngs, EVALUATION_RATES_PER_S, strict=False)]  # fmt: skip
-    kinds = (unpredictable_1, unpredictable_1, unpredictable_2, unpredictable_2)
-    return steady + [kind(fleet, rng, 3 * num_requests) for kind, rng in zip(kinds, rngs[-4:], strict=True)]
+class Trials:
+    """The same workloads for one network after the other: steady ones, and three of each other kind."""
+
+    def __init__(
+        self, sampler: Sampler, fleet: Fleet, num_requests: int, num_threads: int, rng: np.random.Generator
+    ) -> None:
+        rngs = rng.spawn(len(EVALUATION_RATES_PER_S) + 6)
+        workloads = [stable(fleet, own, rate, num_requests=num_requests)
+                     for own, rate in zip(rngs, EVALUATION_RATES_PER_S, strict=False)]  # fmt: skip
+        workloads += [unpredictable_1(fleet, own, 3 * num_requests) for own in rngs[-6:-3]]
+        workloads += [unpredictable_2(fleet, own, 3 * num_requests) for own in rngs[-3:]]
+        self._branchings = [sampler.branching_on(requests) for requests in workloads]
+        self._num_threads = num_threads
+
+    def performance(self, network: QNetwork) -> NDArray[np.float64]:
+        """Mean worth of the requests of each workload, shape `(W,)`."""
+
+        def one(branching: Branching) -> float:
+            branching.use(network)
+            return float(branching.serve()[0].mean())
+
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            return np.array(list(pool.map(one, self._branchings)))
+
+    def mean(self, reached: NDArray[np.float64]) -> float:
+        """Each of the three kinds of workloads weighs the same."""
+        return float(np.mean([reached[:-6].mean(), reached[-6:-3].mean(), reached[-3:].mean()]))
 
 
 @dataclass
@@ -301,7 +327,9 @@ class AdvantageTraining:
 
     encoding: FleetEncoding
     best: QNetwork
-    iteration: int = 0  # rounds
+    iteration: int = 0  # rounds, then searches
+    offsets: NDArray[np.float64] | None = None  # what the searches have found so far
+    base: QNetwork | None = None  # to which they are added
     curve: list[Evaluation] = field(default_factory=list)
     wall_s: float = 0.0
 
@@ -320,7 +348,10 @@ class RoundCheckpoints:
     def save(self, fitter: Fitter, training: AdvantageTraining, kept: list[Measured]) -> None:
         tensors = {f"network.{n}": t for n, t in fitter.network.state_dict().items()}
         tensors |= {f"size.{n}": t for n, t in fitter.size.state_dict().items()}
-        tensors |= {f"best.{n}": t for n, t in import_network(training.best).state_dict().items()}
+        tensors |= _tensors("best", training.best)
+        if training.base is not None and training.offsets is not None:
+            tensors |= _tensors("base", training.base)
+            tensors["offsets"] = torch.from_numpy(training.offsets)
         for index, measured in enumerate(kept):
             tensors[f"kept.{index}.inputs"] = torch.from_numpy(measured.inputs)
             tensors[f"kept.{index}.worth"] = torch.from_numpy(measured.worth)
@@ -346,11 +377,12 @@ class RoundCheckpoints:
         known = (facts.get("schema_version"), facts.get("identity"))
         if known != (CHECKPOINT_VERSION, json.loads(json.dumps(dict(self.identity)))):
             return None
-        best = import_network(training.best)
-        for prefix, network in (("network.", fitter.network), ("size.", fitter.size), ("best.", best)):
+        for prefix, network in (("network.", fitter.network), ("size.", fitter.size)):
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             network.load_state_dict(own)
-        training.best = export_network(best)
+        training.best = _network(tensors, "best")
+        if "offsets" in tensors:
+            training.base, training.offsets = _network(tensors, "base"), tensors["offsets"].numpy()
         training.iteration, training.wall_s = facts["iteration"], facts["wall_s"]
         training.curve = [Evaluation(**evaluation) for evaluation in facts["curve"]]
         names = [f"kept.{index}" for index in range(facts["num_kept"])]
@@ -360,8 +392,20 @@ class RoundCheckpoints:
         self.path.unlink(missing_ok=True)
 
 
+def _tensors(name: str, network: QNetwork) -> dict[str, Tensor]:
+    tensors = {f"{name}.{i}.weight": torch.from_numpy(w.copy()) for i, w in enumerate(network.weights)}
+    return tensors | {f"{name}.{i}.bias": torch.from_numpy(b.copy()) for i, b in enumerate(network.biases)}
+
+
+def _network(tensors: Mapping[str, Tensor], name: str) -> QNetwork:
+    return QNetwork(
+        weights=tuple(tensors[f"{name}.{i}.weight"].numpy() for i in range(3)),
+        biases=tuple(tensors[f"{name}.{i}.bias"].numpy() for i in range(3)),
+    )
+
+
 class AdvantageTrainer:
-    """Rounds of measuring, fitting and judging."""
+    """Rounds of measuring, fitting and judging; then a search for what measuring cannot tell."""
 
     def __init__(
         self,
@@ -384,25 +428,61 @@ class AdvantageTrainer:
         kept = checkpoints.load(self._fitter, self.training) if checkpoints else None
         self.resumed = kept is not None
         self._kept = kept or []
-        self._workloads = evaluation_workloads(service.fleet, recipe.evaluation_num_requests)
+        self._evaluation = self._trials(service, recipe.evaluation_num_requests, [EVALUATION_SEED, 1])
+        self._search_on: Trials | None = None
+        self._service = service
 
     def run(self, progress: Progress) -> AdvantageTraining:
         recipe, training = self._recipe, self.training
         began_at = time.monotonic() - training.wall_s
-        with torch_threads(1), progress.bar("train", recipe.num_rounds) as bar:
+        num_iterations = recipe.num_rounds + recipe.num_searches
+        with torch_threads(1), progress.bar("train", num_iterations) as bar:
             bar.advance(training.iteration)
-            while training.iteration < recipe.num_rounds:
-                left = self._round()
+            while training.iteration < num_iterations:
+                done = self.step()
                 training.wall_s = time.monotonic() - began_at
-                reached = training.curve[-1].performance
-                bar.describe(f"performance {reached:.4f}, {left:.0%} of the variance unexplained")
+                bar.describe(f"performance {training.curve[-1].performance:.4f}, {done}")
                 bar.advance()
                 if self._checkpoints:
                     self._checkpoints.save(self._fitter, training, self._kept)
         return training
 
+    def step(self) -> str:
+        """A round or a search draws from its own seed, so that a continued training is the same training."""
+        if self.training.iteration < self._recipe.num_rounds:
+            return f"{self._round():.0%} of the variance unexplained"
+        return f"{self._search():.4f} where it was searched"
+
+    def _trials(self, service: Service, num_requests: int, seed: list[int]) -> Trials:
+        rng = np.random.default_rng(seed)
+        return Trials(self._sampler, service.fleet, num_requests, self._recipe.num_threads, rng)
+
+    def _search(self) -> float:
+        """Measured advantages hold while all others go where they went; how the policy itself reacts to what
+        it does, only whole workloads tell."""
+        training, recipe, seed = self.training, self._recipe, self._seed
+        trials = self._search_on or self._trials(self._service, recipe.search_num_requests, [seed, 2])
+        self._search_on = trials
+        training.base = training.base or training.best
+        room = Offsets(training.base, training.encoding)
+        start = np.zeros(room.size) if training.offsets is None else training.offsets
+        nth = training.iteration - recipe.num_rounds
+
+        def worth(offsets: NDArray[np.float64]) -> float:
+            return trials.mean(trials.performance(room.added(offsets)))
+
+        training.offsets, reached = maximise(
+            worth,
+            start,
+            recipe.num_generations,
+            np.random.default_rng([seed, 3, nth]),
+            step=recipe.search_step / (1.0 + 0.5 * nth),
+        )
+        training.iteration += 1
+        self._evaluate(room.added(training.offsets))
+        return reached
+
     def _round(self) -> float:
-        """A round draws from its own seed, so that a continued training is the same training."""
         training = self.training
         *rngs, fit_rng = np.random.default_rng([self._seed, 1, training.iteration]).spawn(
             self._recipe.num_workloads + 1
@@ -412,17 +492,13 @@ class AdvantageTrainer:
         self._kept = self._kept[-self._recipe.num_rounds_kept :]
         left = self._fitter.fit(join(self._kept), fit_rng)
         training.iteration += 1
-        self._evaluate()
+        self._evaluate(export_network(self._fitter.network))
         return left
 
-    def _evaluate(self) -> None:
-        """Stable and both unpredictable workloads, each with the same weight."""
-        training, network = self.training, export_network(self._fitter.network)
-        reached = self._sampler.performance(network, self._workloads)
-        num_rates = len(EVALUATION_RATES_PER_S)
+    def _evaluate(self, network: QNetwork) -> None:
+        training = self.training
+        reached = self._evaluation.performance(network)
         by_rate = {f"{rate:g}": float(p) for rate, p in zip(EVALUATION_RATES_PER_S, reached, strict=False)}
-        groups = (reached[:num_rates], reached[num_rates:-2], reached[-2:])
-        mean = float(np.mean([group.mean() for group in groups]))
-        training.curve.append(Evaluation(training.iteration, mean, by_rate))
+        training.curve.append(Evaluation(training.iteration, self._evaluation.mean(reached), by_rate))
         if training.best_evaluation is training.curve[-1]:
             training.best = network

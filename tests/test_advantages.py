@@ -26,6 +26,7 @@ from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet
 from besteffort.latency import Latency
 from besteffort.observation import Encoding, Observation
+from besteffort.offsets import Offsets
 from besteffort.policies import learned
 from besteffort.progress import Silent
 from besteffort.q_network import QNetwork
@@ -37,6 +38,9 @@ from besteffort.workload import stable
 
 TINY = AdvantageRecipe(
     num_rounds=2,
+    num_searches=2,
+    num_generations=1,
+    search_num_requests=20,
     num_workloads=4,
     num_branchings=6,
     hidden_sizes=(8, 8),
@@ -131,6 +135,26 @@ def test_the_better_model_of_an_idle_fleet_has_the_advantage() -> None:
     np.testing.assert_allclose(worth[:, 1] - worth[:, 0], gain)
 
 
+def test_offsets_of_zero_change_nothing_and_others_prefer_a_model_for_one_task_at_some_rates() -> None:
+    service = make_service()
+    encoding, network = fleet_encoding_for(service.fleet), drawn_network(service, 4)
+    room = Offsets(network, encoding)
+    rates = np.array([0.01, 0.05, 4.0, 20.0])
+    recent = np.repeat(rates[:, None], 3, axis=1)
+    of_request = [encoding.encode_request(np.full(4, task), rates, recent) for task in range(2)]
+    of_fleet = np.zeros((4, encoding.num_fleet_inputs), dtype=np.float32)
+    inputs = [np.concatenate([of_fleet, of_task], axis=1) for of_task in of_request]
+    same = room.added(np.zeros(room.size))
+    np.testing.assert_allclose(same(inputs[0]), network(inputs[0]), rtol=1e-4, atol=1e-5)
+    offsets = np.zeros(room.size)
+    offsets[2] = 1.0  # of the first task, from the second bend on
+    added = [room.added(offsets)(x) - network(x) for x in inputs]
+    np.testing.assert_allclose(added[1], 0.0, atol=1e-5)
+    np.testing.assert_allclose(added[0][:, 0], 0.0, atol=1e-5)
+    np.testing.assert_allclose(added[0][:2, 1], 0.0, atol=1e-5)
+    assert added[0][3, 1] > added[0][2, 1] > 0.5
+
+
 class Recorded:
     name = "recorded"
 
@@ -168,15 +192,18 @@ def test_the_same_seed_gives_the_same_weights_however_many_threads() -> None:
     assert runs[0].curve == runs[1].curve
 
 
-def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_steps_done", [1, 3])
+def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path: Path, num_steps_done: int) -> None:
     service = make_service()
     whole = AdvantageTrainer(service, TINY, 1).run(Silent())
     checkpoints = RoundCheckpoints(tmp_path / "rounds.safetensors", {"seed": 1})
-    first = AdvantageTrainer(service, replace(TINY, num_rounds=1), 1, checkpoints=checkpoints)
-    first.run(Silent())
+    first = AdvantageTrainer(service, TINY, 1, checkpoints=checkpoints)
+    for _ in range(num_steps_done):
+        first.step()
+    checkpoints.save(first._fitter, first.training, first._kept)
     again = AdvantageTrainer(service, TINY, 1, checkpoints=checkpoints)
     assert again.resumed
-    assert again.training.iteration == 1
+    assert again.training.iteration == num_steps_done
     resumed = again.run(Silent())
     assert resumed.curve == whole.curve
     for a, b in zip(resumed.best.weights, whole.best.weights, strict=True):

@@ -38,6 +38,7 @@ class Branching:
     ) -> None:
         num_models = len(fleet.models)
         num_fleet_inputs = 2 * num_models + num_models**2
+        self._request_inputs = request_inputs
         state, words = in_one_memory(idle_state(fleet, latency, [requests]))
         stakes = stakes_of([requests], fleet, values)
         network = _compiled_network(routing.network, request_inputs, num_fleet_inputs, num_models)
@@ -56,6 +57,13 @@ class Branching:
             inputs=np.zeros(num_fleet_inputs, dtype=np.float32),
             hidden=np.zeros((2, max(len(network.second_bias), num_models)), dtype=np.float32),
         )
+
+    def use(self, network: QNetwork) -> None:
+        """From now on this one routes."""
+        num_inputs, num_models = len(self._course.inputs), len(self._course.in_flight_scale)
+        compiled = _compiled_network(network, self._request_inputs, num_inputs, num_models)
+        hidden = np.zeros((2, max(len(compiled.second_bias), num_models)), dtype=np.float32)
+        self._course = self._course._replace(network=compiled, has_network=True, hidden=hidden)
 
     def give(self, models: NDArray[np.int64]) -> None:
         """From now on request `k` goes to `models[k]`, whatever the policy says; negative: it decides."""
