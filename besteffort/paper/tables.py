@@ -80,7 +80,7 @@ _SOFT = (
     "the task's requests over the rates."
 )
 _UNPREDICTABLE_1 = (
-    "Equal expected time at each rate: mostly calm, with rare bursts; 10,000 requests, rate estimated "
+    "Equal expected time at each rate: mostly calm, with rare bursts; rate estimated "
     "from the last 5 arrivals. The paper counts windows of 20 requests of one trace. Ours of three: "
     "traces differ by far more than routers, since a backlog at OPT-6.7B outlives many calm stretches."
 )
