@@ -154,7 +154,7 @@ def serve(
 
     \b
     Example:
-      besteffort serve artifacts/tiny-opt-cpu --policy greedy --port 8000
+      besteffort serve artifacts/tiny-opt-cpu --policy static:opt-22m --port 8000
       curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
         -d '{"model": "besteffort/copa", "prompt": "The man turned on the", "max_tokens": 8}'
     """
@@ -250,7 +250,8 @@ def replay(
     \b
     Example:
       besteffort trace generate stable artifacts/tiny-opt-cpu -o traces/calm.parquet --seed 1 --rate 8
-      besteffort replay traces/calm.parquet artifacts/tiny-opt-cpu --policy greedy
+      besteffort replay traces/calm.parquet artifacts/tiny-opt-cpu --policy greedy \\
+        --rewards artifacts/titan-rtx-opt/rewards.parquet
     """
     from besteffort.cli.tables import print_comparison, print_where
     from besteffort.errors import UsageError
@@ -272,11 +273,15 @@ def replay(
         budget_s=budget_s,
     )
     summary, folder = replay(spec, ConsoleProgress())
+    for error in summary["errors"]:
+        typer.echo(f"{error['count']} requests failed: {error['message']}", err=True)
     if as_json:
         typer.echo(json.dumps(summary))
-        return
-    print_comparison([summary])
-    print_where({"Look at": folder / "report.html"})
+    else:
+        print_comparison([summary])
+        print_where({"Look at": folder / "report.html"})
+    if not summary["answered"]:
+        raise typer.Exit(1)
 
 
 def demo(
@@ -303,7 +308,7 @@ def demo(
 
     progress = ConsoleProgress()
     progress.say(f"Demo on {fleet_dir}: profile, score, train, serve and replay, on real vLLM servers.")
-    progress.say("It takes about 9 minutes the first time; what it measures and trains is used again.")
+    progress.say("It takes about 6 minutes the first time; what it measures and trains is used again.")
     spec = Demo(
         fleet_dir=fleet_dir,
         rewards=rewards or fleet_dir.parent / "titan-rtx-opt" / "rewards.parquet",
@@ -315,7 +320,7 @@ def demo(
     print_where(
         {
             "Profile": spec.profile,
-            "Accuracies": spec.measured_rewards,
+            **({"Accuracies": spec.measured_rewards} if spec.measured_rewards.exists() else {}),
             "Policy": spec.policy,
             "Training": fleet_dir / "train.png",
             "Trace": spec.trace,

@@ -44,7 +44,11 @@ def print_gate(rows: "Sequence[Row]") -> None:
 
 def _title(summaries: Sequence[dict[str, Any]]) -> str:
     traces = ", ".join(dict.fromkeys(summary["trace"] for summary in summaries))
-    return f"{summaries[0]['fleet']}, trace {traces}, {summaries[0]['num_requests']} requests"
+    first = summaries[0]
+    about = (
+        f"{first['fleet']}, trace {traces}, {first['num_requests']} requests, {first['num_windows']} windows"
+    )
+    return f"{about}, rewards {first['rewards_source']}"
 
 
 def print_findings(findings: Sequence[tuple[str, str, str]]) -> None:
