@@ -152,7 +152,7 @@ def test_a_trained_policy_can_be_replayed_and_another_fleet_refuses_it(
 
     short = dqn.Recipe(num_iterations=40, num_first_transitions=200, num_requests=100, evaluate_every=20)
     monkeypatch.setitem(dqn.RECIPES, "short", short)
-    train(fleet_dir, recipe="short", seed=1, rewards=TABLE_1, progress=Silent())
+    train(fleet_dir, recipe="short", seed=1, rewards=TABLE_1, force=True, progress=Silent())
     policy = fleet_dir / "policy.safetensors"
     done = run(*replay(trace, fleet_dir, "--policy", policy, "--json"))
     assert done.returncode == 0, done.stderr

@@ -190,6 +190,9 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Write the policy even if it loses against a simpler one.")
     ] = False,
+    deadline_margin: Annotated[
+        float, typer.Option(help="Share of each deadline kept back for what the simulator does not know.")
+    ] = 0.0,
 ) -> None:
     """Fit a Q-network to the fleet in a simulator built on its profile and its rewards.
 
@@ -209,6 +212,7 @@ def train(
         rewards=rewards,
         output=output,
         force=force,
+        deadline_margin=deadline_margin,
         show=print_gate,
         progress=ConsoleProgress(),
     )

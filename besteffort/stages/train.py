@@ -1,7 +1,7 @@
 """`train`: a profile and rewards in, `policy.safetensors` and the plot of its evaluation curve out."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +43,7 @@ def train(
     rewards: Path | None = None,
     output: Path | None = None,
     force: bool = False,
+    deadline_margin: float = 0.0,
     gate: Effort | None = None,
     show: Callable[[list[Row]], None] | None = None,
     progress: Progress,
@@ -52,12 +53,18 @@ def train(
     An interrupted training goes on where it was last saved, if recipe, seed and inputs are the
     same. `init` is a policy to start from, with either kind of deadline (paper, Sec. 4.3.2). A policy
     that loses against a simpler one is written beside `output`, as `*.lost.safetensors`, unless `force`d.
+    `deadline_margin` is the share of every deadline that training keeps back, for what the simulator
+    does not know of the real service; policies are compared by the deadlines themselves.
 
     Raises:
         InputError: the recipe is unknown, or an input is missing, malformed or of another fleet.
         GateError: the policy loses.
     """
     chosen = _recipe(recipe)
+    if not 0.0 <= deadline_margin < 1.0:
+        raise UsageError(
+            f"--deadline-margin {deadline_margin}: give a share of the deadline, from 0 to below 1"
+        )
     profile = profile or fleet_dir / "profile.parquet"
     rewards = rewards or fleet_dir / "rewards.parquet"
     output = output or fleet_dir / "policy.safetensors"
@@ -67,8 +74,10 @@ def train(
     files = {"fleet": fleet_dir / "fleet.toml", "profile": profile, "rewards": rewards, "init": init}
     hashes = {what: sha256(path) for what, path in files.items() if path}
     identity = {"besteffort": __version__, "recipe": asdict(chosen), "seed": seed, "sha256": hashes}
+    identity["deadline_margin"] = deadline_margin
     path = fleet_dir / "train" / f"{recipe}-{seed}.safetensors"
-    training = _run(service, chosen, seed, start, path, identity, progress)
+    stricter = replace(service, fleet=_with_margin(fleet, deadline_margin))
+    training = _run(stricter, chosen, seed, start, path, identity, progress)
     policy = TrainedPolicy(training.best, training.encoding, {})
     rows = _compare(policy, service, profile, rewards, output, gate or _effort(chosen), progress)
     if show:
@@ -81,6 +90,17 @@ def train(
     _write(policy, fleet, rows, output, force, progress)
     path.unlink(missing_ok=True)
     return policy
+
+
+def _with_margin(fleet: Fleet, deadline_margin: float) -> Fleet:
+    """The same fleet with every deadline that much earlier."""
+    tasks = tuple(
+        task.model_copy(
+            update={"deadline_ms_per_token": task.deadline_ms_per_token * (1.0 - deadline_margin)}
+        )
+        for task in fleet.tasks
+    )
+    return fleet.model_copy(update={"tasks": tasks})
 
 
 def _recipe(name: str) -> Recipe | AdvantageRecipe:
