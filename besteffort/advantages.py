@@ -71,13 +71,13 @@ class AdvantageRecipe:
     """share of random decisions in these"""
     hidden_sizes: tuple[int, int] = (64, 64)
     """of the MLP"""
-    num_searches: int = 4
+    num_searches: int = 6
     """after the rounds, for offsets to the best network's values; a checkpoint is written after each"""
-    num_generations: int = 15
+    num_generations: int = 12
     """of CMA-ES in each"""
-    search_step: float = 0.12
+    search_step: float = 0.3
     """how far the first one looks around, in units of the network's values; the others look less far"""
-    search_num_requests: int = 1500
+    search_num_requests: int = 3000
     """of each steady workload of the search; an unpredictable one has three times as many"""
     num_steps: int = 1200
     """of gradient descent in each round"""
@@ -87,7 +87,7 @@ class AdvantageRecipe:
     """of Adam; it falls linearly to a tenth in each round"""
     largest_advantage: float = 6.0
     """in units of what is usual in such a state; what is beyond counts like this"""
-    evaluation_num_requests: int = 2000
+    evaluation_num_requests: int = 4000
     """of each workload on which a round's network is judged"""
     gate_num_seeds: int = 3
     """of each workload on which the policy is held against others in the end"""
@@ -98,7 +98,7 @@ class AdvantageRecipe:
 
 
 ADVANTAGE_RECIPES = {
-    "default": AdvantageRecipe(num_rounds=9),
+    "default": AdvantageRecipe(num_rounds=7),
     "demo": AdvantageRecipe(
         num_rounds=6,
         num_workloads=40,
