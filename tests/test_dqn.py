@@ -29,14 +29,16 @@ from besteffort.dqn import (
     make_network,
 )
 from besteffort.environment import Policy, Service, Transitions, evaluate
-from besteffort.errors import PolicyError, UsageError
+from besteffort.errors import GateError, PolicyError, UsageError
 from besteffort.fleet import load_fleet
+from besteffort.gate import Effort
 from besteffort.latency import Sample, fit_latency
 from besteffort.progress import Silent
 from besteffort.q_network import QNetwork
 from besteffort.stages.train import train
 
 REPO = Path(__file__).parent.parent
+BRIEF = Effort(num_seeds=2, duration_s=10.0, num_requests=200)
 TINY = Recipe(
     num_iterations=60,
     hidden_sizes=(16, 16),
@@ -247,7 +249,7 @@ def test_the_stage_writes_a_policy_that_says_where_it_comes_from(
     fleet_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
-    trained = train(fleet_dir, recipe="tiny", seed=3, progress=Silent())
+    trained = train(fleet_dir, recipe="tiny", seed=3, force=True, gate=BRIEF, progress=Silent())
     loaded = load_policy(fleet_dir / "policy.safetensors", load_fleet(fleet_dir))
     assert_same_network(loaded.network, trained.network)
     facts = loaded.facts
@@ -265,17 +267,30 @@ def test_a_soft_policy_is_trained_further_from_a_hard_one(
 ) -> None:
     monkeypatch.setitem(dqn.RECIPES, "tiny", replace(TINY, learning_rate=0.0))
     hard = tmp_path / "hard.safetensors"
-    first = train(fleet_dir, recipe="tiny", output=hard, progress=Silent())
+    brief = {"force": True, "gate": BRIEF, "progress": Silent()}
+    first = train(fleet_dir, recipe="tiny", output=hard, **brief)
     text = (fleet_dir / "fleet.toml").read_text(encoding="utf-8")
     (tmp_path / "fleet.toml").write_text(text.replace('"hard"', '"soft"'), encoding="utf-8")
     profile, rewards = fleet_dir / "profile.parquet", fleet_dir / "rewards.parquet"
-    soft = train(tmp_path, recipe="tiny", init=hard, profile=profile, rewards=rewards, progress=Silent())
+    soft = train(tmp_path, recipe="tiny", init=hard, profile=profile, rewards=rewards, **brief)
     assert_same_network(soft.network, first.network)  # at a learning rate of 0 nothing changes
     assert soft.facts["sha256"]["init"] == sha256(hard)
     tighter = re.sub(r"deadline_ms_per_token = \d+", "deadline_ms_per_token = 7", text)
     (tmp_path / "fleet.toml").write_text(tighter, encoding="utf-8")
     with pytest.raises(PolicyError, match="trained for deadlines"):
         train(tmp_path, recipe="tiny", init=hard, profile=profile, rewards=rewards, progress=Silent())
+
+
+def test_a_policy_that_loses_is_not_written_unless_forced(
+    fleet_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
+    output = tmp_path / "loser.safetensors"
+    with pytest.raises(GateError, match=r"loser\.safetensors is not written, since it loses on \d+ of"):
+        train(fleet_dir, recipe="tiny", output=output, gate=BRIEF, progress=Silent())
+    assert not output.exists()
+    lost = load_policy(tmp_path / "loser.lost.safetensors", load_fleet(fleet_dir))
+    assert any(row["lost_to"] for row in lost.facts["comparison"])
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are(fleet_dir: Path) -> None:

@@ -176,16 +176,24 @@ def _compare(
 def _write(
     policy: TrainedPolicy, fleet: Fleet, rows: list[Row], output: Path, force: bool, progress: Progress
 ) -> None:
-    losses = [f"{one.policy} on {row.workload} ({one.ahead:+.4f})" for row in rows for one in row.better]
-    if losses and not force:
-        lost = output.with_name(f"{output.stem}.lost.safetensors")
-        save_policy(lost, policy, fleet)
-        raise GateError(
-            f"{output} is not written, since the policy loses against {', '.join(losses)}; it is in {lost}: "
-            "train longer or with another seed, or write it with --force"
-        )
+    losses = sorted(
+        ((one.ahead, one.policy, row.workload) for row in rows for one in row.better), reverse=True
+    )
     if losses:
-        progress.say(f"written although it loses against {', '.join(losses)}")
+        ahead, policy_name, workload = losses[0]
+        num_workloads = len({workload for _, _, workload in losses})
+        told = (
+            f"it loses on {num_workloads} of {len(rows)} workloads, most against {policy_name} "
+            f"on {workload} (by {ahead:.4f})"
+        )
+        if not force:
+            lost = output.with_name(f"{output.stem}.lost.safetensors")
+            save_policy(lost, policy, fleet)
+            raise GateError(
+                f"{output} is not written, since {told}; the policy is in {lost}: "
+                "train longer or with another seed, or write it with --force"
+            )
+        progress.say(f"written although {told}")
     save_policy(output, policy, fleet)
 
 
