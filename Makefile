@@ -9,8 +9,11 @@ PAPER_FLEET ?= artifacts/titan-rtx-opt
 DATA_DIR ?= $(wildcard ../shared/data/eval)
 BIN := .venv/bin
 SETUP := .venv/.made
+BENCH := .venv/.made-bench
+# What is locked stays as it is; machines with a GPU have another torch than the locked one.
+LOCKED = $(if $(shell nvidia-smi -L 2>/dev/null),,--constraints requirements.lock)
 
-.PHONY: help setup demo paper paper-train test lint bench-simulator format lock clean
+.PHONY: help setup demo paper paper-train test lint bench-simulator bench-training format lock clean
 
 help: ## List the words.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,11 +47,19 @@ lint: $(SETUP) ## Check style, types and import floors.
 bench-simulator: $(SETUP) ## Time the simulator: routing decisions per second by fleet size.
 	@$(BIN)/python -m tests.benchmarks.simulator
 
+bench-training: $(BENCH) ## Time the paper's recipe beside Stable-Baselines3's DQN, and what both reach.
+	@$(BIN)/python -m tests.benchmarks.training $(if $(ITERATIONS),--iterations $(ITERATIONS))
+
+$(BENCH): $(SETUP)
+	@echo "Installing Stable-Baselines3"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(LOCKED) -r pyproject.toml --extra bench
+	@touch $@
+
 format: $(SETUP) ## Put the code into shape.
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-lock: $(SETUP) ## Write down the versions that are installed and were tested.
+lock: $(SETUP) $(BENCH) ## Write down the versions that are installed and were tested.
 	@{ echo "# The versions tested on machines without a GPU (Python 3.11); 'make lock' writes this file."; \
 	   $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | grep -vE '^(vllm|uv|pip|setuptools) ?[@=]'; } \
 	   > requirements.lock
