@@ -3,9 +3,9 @@
 Once for a whole trace, for the simulator, and once as arrivals come, for the router; the two agree.
 """
 
-import math
 from collections import deque
 from collections.abc import Sequence
+from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class RecentRates:
         """Note an arrival (seconds, not before the last one); one rate per second for each span."""
         elapsed_s, self._last_at = arrived_at - self._last_at, arrived_at
         pairs = zip(self._counts, self._spans_s, strict=True)
-        self._counts = [count * math.exp(-elapsed_s / span_s) + 1.0 for count, span_s in pairs]
+        self._counts = [count * exp(-elapsed_s / span_s) + 1.0 for count, span_s in pairs]
         return [count / span_s for count, span_s in zip(self._counts, self._spans_s, strict=True)]
 
 

@@ -22,7 +22,7 @@ from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet, Task
 from besteffort.latency import Latency
 from besteffort.observation import Encoding, FleetEncoding, Observation
-from besteffort.q_network import QNetwork
+from besteffort.q_network import Decider, QNetwork
 from besteffort.thresholds import RateSmoother, ThresholdTable
 
 BUILT_IN = (
@@ -149,46 +149,38 @@ class Thresholds:
         return self.table.choose(observation.task, observation.batch_sizes, rate_per_s)
 
 
-@dataclass(frozen=True)
 class Learned:
     """The highest Q-value (paper, Sec. 3.2)."""
 
-    network: QNetwork
-    encoding: Encoding
-    name: str
+    def __init__(self, network: QNetwork, encoding: Encoding, name: str) -> None:
+        self.name = name
+        self._encoding = encoding
+        self._decider = Decider(network)
 
     def choose(self, observation: Observation) -> int:
-        inputs = self.encoding.encode(
-            np.array([observation.task]),
-            observation.batch_sizes[None, :],
-            np.array([observation.arrival_rate_per_s]),
-        )
-        return int(np.argmax(self.network(inputs)[0]))
+        self._decider.inputs[:] = self._encoding.encode_one(observation)
+        return _highest(self._decider(), observation.closed)
 
 
-@dataclass
 class LearnedOnFleet:
     """The highest Q-value, by more than the paper's state."""
 
-    network: QNetwork
-    encoding: FleetEncoding
-    name: str
-    _rates: RecentRates = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._rates = RecentRates(self.encoding.spans_s)
+    def __init__(self, network: QNetwork, encoding: FleetEncoding, name: str) -> None:
+        self.name = name
+        self._encoding = encoding
+        self._decider = Decider(network)
+        self._rates = RecentRates(encoding.spans_s)
 
     def choose(self, observation: Observation) -> int:
-        if observation.neighbours is None:
-            raise ValueError("this policy needs to see the neighbours")
         rates_per_s = self._rates.observe(observation.arrived_at)
-        of_fleet = self.encoding.encode_fleet(observation.batch_sizes[None], observation.neighbours[None])
-        of_request = self.encoding.encode_request(
-            np.array([observation.task]),
-            np.array([observation.arrival_rate_per_s]),
-            np.array([rates_per_s]),
-        )
-        return int(np.argmax(self.network(np.concatenate([of_fleet, of_request], axis=1))[0]))
+        self._decider.inputs[:] = self._encoding.encode_one(observation, rates_per_s)
+        return _highest(self._decider(), observation.closed)
+
+
+def _highest(q_values: NDArray[np.float32], closed: tuple[int, ...]) -> int:
+    for model in closed:
+        q_values[model] = -np.inf
+    return int(q_values.argmax())
 
 
 def learned(trained: TrainedPolicy, name: str) -> Policy:

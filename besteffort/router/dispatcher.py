@@ -1,18 +1,21 @@
 """What the router knows, and whom it sends a request to. No HTTP here."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from besteffort.arrivals import ArrivalRateEstimator
 from besteffort.engines.running import Engine, Engines
+from besteffort.errors import EngineError
 from besteffort.fleet import Fleet
 from besteffort.observation import Observation
 from besteffort.policies import Policy
+from besteffort.router.loads import Loads
+
+
+class NoReplicaError(EngineError):
+    """Every replica that could take the request is down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,10 @@ class Route:
 
 
 class Dispatcher:
-    """Counts the requests in flight itself, since the engines' own gauges lag by seconds."""
+    """Counts the requests in flight itself, since the engines' own gauges lag by seconds.
+
+    Not for several threads.
+    """
 
     def __init__(
         self,
@@ -40,50 +46,95 @@ class Dispatcher:
         self.policy = policy
         self.engines = engines
         self.clock = clock
-        self.in_flight = [[0] * len(of_model) for of_model in engines]  # by model, then by replica
         self.arrival_rate_per_s = 0.0
         self._estimator = ArrivalRateEstimator()
+        self._loads = Loads([len(of_model) for of_model in engines], fleet.num_devices)
+
+    @property
+    def in_flight(self) -> list[list[int]]:
+        """Requests by model, then by replica; to be read only."""
+        return self._loads.in_flight
 
     @contextmanager
     def route(self, task: int, pinned: int | None = None) -> Iterator[Route]:
-        """Decide for a request that arrives now, and count it in flight until the block ends.
+        """`begin`, and `end` when the block ends."""
+        route = self.begin(task, pinned)
+        try:
+            yield route
+        finally:
+            self.end(route)
+
+    def begin(self, task: int, pinned: int | None = None) -> Route:
+        """Decide for a request that arrives now, and count it in flight until it is given to `end`.
 
         `pinned` is a model that the client insists on; its request counts all the same.
+
+        Raises:
+            NoReplicaError: every replica is down, or every one of the pinned model.
         """
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
-        model = self.policy.choose(self._observe(task, arrived_at)) if pinned is None else pinned
-        replica = self._least_loaded_replica(model)
-        self.in_flight[model][replica] += 1
+        chosen = self.policy.choose(self._observe(task, arrived_at)) if pinned is None else pinned
+        return self._send(task, chosen, arrived_at, pinned is not None)
+
+    def begin_again(self, failed: Route, tried: Collection[tuple[int, int]]) -> Route:
+        """Another replica for a request that has arrived before, which counts until it is given to `end` too.
+
+        It is none of `tried`, pairs of model and replica, and of the same model if there is one; the failed
+        route is not ended by this. The policy is not asked again, and sees no second arrival.
+
+        Raises:
+            NoReplicaError: as `begin`; those that were tried are as good as down.
+        """
+        out = [pair for pair in set(tried) if self._loads.is_up(*pair)]
         try:
-            yield Route(
-                task=task,
-                model=model,
-                replica=replica,
-                engine=self.engines[model][replica],
-                arrived_at=arrived_at,
-                decision_s=self.clock() - arrived_at,
-                pinned=pinned is not None,
-            )
+            for model, replica in out:
+                self._loads.set_up(model, replica, False)
+            return self._send(failed.task, failed.model, failed.arrived_at, failed.pinned)
         finally:
-            self.in_flight[model][replica] -= 1
+            for model, replica in out:
+                self._loads.set_up(model, replica, True)
+
+    def end(self, route: Route) -> None:
+        """Once for each route that began."""
+        self._loads.add(route.model, route.replica, -1)
+
+    def set_available(self, model: int, replica: int, available: bool) -> None:
+        """Whether requests may go to the replica. What is in flight there goes on until it is ended."""
+        self._loads.set_up(model, replica, available)
 
     def _observe(self, task: int, arrived_at: float) -> Observation:
-        batch_sizes = np.array([sum(counts) / len(counts) for counts in self.in_flight])
-        return Observation(task, batch_sizes, self.arrival_rate_per_s, arrived_at, self._neighbours())
+        loads = self._loads
+        return Observation(
+            task,
+            loads.batch_sizes(),
+            self.arrival_rate_per_s,
+            arrived_at,
+            loads.neighbours(),
+            loads.closed,
+        )
 
-    def _neighbours(self) -> NDArray[np.float64]:
-        """What is in flight around the replica that the next request to each model gets, `(M, M)`."""
-        num_devices = self.fleet.num_devices
-        seen = []
-        for model, counts in enumerate(self.in_flight):
-            replica = counts.index(min(counts))
-            # Replicas are dealt over the devices in turn: see `Fleet.device_of`.
-            row = [sum(other[self.fleet.device_of(replica) :: num_devices]) for other in self.in_flight]
-            row[model] = counts[replica]
-            seen.append(row)
-        return np.array(seen, dtype=np.float64)
+    def _send(self, task: int, chosen: int, arrived_at: float, pinned: bool) -> Route:
+        model = self._open_model(chosen, pinned)
+        replica = self._loads.least(model)
+        self._loads.add(model, replica, 1)
+        return Route(
+            task=task,
+            model=model,
+            replica=replica,
+            engine=self.engines[model][replica],
+            arrived_at=arrived_at,
+            decision_s=self.clock() - arrived_at,
+            pinned=pinned,
+        )
 
-    def _least_loaded_replica(self, model: int) -> int:
-        counts = self.in_flight[model]
-        return counts.index(min(counts))
+    def _open_model(self, chosen: int, pinned: bool) -> int:
+        """Where a policy chose a model that is down, the next smaller one, which is faster; else a larger."""
+        closed = self._loads.closed
+        if chosen not in closed:
+            return chosen
+        others = [model for model in range(len(self.engines)) if model not in closed]
+        if others and not pinned:
+            return min(others, key=lambda model: (model > chosen, abs(model - chosen)))
+        missing = f"of {self.fleet.model_names[chosen]}" if pinned else "of any model"
+        raise NoReplicaError(f"no replica {missing} is up now")

@@ -1,0 +1,109 @@
+"""Requests in flight at every replica, and which replica takes the next; no step costs more than log."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_DOWN = 1 << 40  # requests: more than any count, so that what is down comes after all that is up
+
+
+class Loads:
+    """Counts by model, replica and device. Replicas are dealt over the devices in turn, as in `Fleet`."""
+
+    def __init__(self, num_replicas: Sequence[int], num_devices: int) -> None:
+        self.in_flight = [[0] * number for number in num_replicas]  # by model, then by replica
+        self._up = [[True] * number for number in num_replicas]
+        self._num_up = list(num_replicas)
+        self.closed: tuple[int, ...] = ()
+        """The models of which no replica is up"""
+        self._totals = [0] * len(num_replicas)  # in flight by model
+        self._totals_up = [0] * len(num_replicas)  # of these at replicas that are up
+        self._batch_sizes = np.zeros(len(num_replicas))
+        self._orders = [_Order(number) for number in num_replicas]
+        self._num_devices = num_devices
+        self._on_device = [[0] * len(num_replicas) for _ in range(num_devices)]  # then by model
+
+    def add(self, model: int, replica: int, change: int) -> None:
+        """Note that so many requests came to the replica, or left it."""
+        self.in_flight[model][replica] += change
+        self._totals[model] += change
+        self._on_device[replica % self._num_devices][model] += change
+        if self._up[model][replica]:
+            self._totals_up[model] += change
+        self._settle(model, replica)
+
+    def set_up(self, model: int, replica: int, up: bool) -> None:
+        """Take a replica out, or put it back. What is in flight there goes on being counted."""
+        if self._up[model][replica] == up:
+            return
+        self._up[model][replica] = up
+        change = 1 if up else -1
+        self._num_up[model] += change
+        self._totals_up[model] += change * self.in_flight[model][replica]
+        self.closed = tuple(m for m, number in enumerate(self._num_up) if not number)
+        self._settle(model, replica)
+
+    def _settle(self, model: int, replica: int) -> None:
+        """Bring all that follows from the counts up to date."""
+        count = self.in_flight[model][replica]
+        self._orders[model].put(replica, count if self._up[model][replica] else count + _DOWN)
+        if self._num_up[model]:
+            self._batch_sizes[model] = self._totals_up[model] / self._num_up[model]
+        else:
+            self._batch_sizes[model] = self._totals[model] / len(self._up[model])
+
+    def is_up(self, model: int, replica: int) -> bool:
+        return self._up[model][replica]
+
+    def least(self, model: int) -> int:
+        """The replica of the model with the smallest count, and of equals the first.
+
+        Those that are down come last; if all are, it is one of them: ask `closed`.
+        """
+        return self._orders[model].first
+
+    def batch_sizes(self) -> NDArray[np.float64]:
+        """`Observation.batch_sizes`, of the replicas that are up; of all where none is."""
+        return self._batch_sizes.copy()
+
+    def neighbours(self) -> NDArray[np.float64]:
+        """`Observation.neighbours`."""
+        seen: list[int] = []
+        for model, order in enumerate(self._orders):
+            replica = order.first
+            seen += self._on_device[replica % self._num_devices]
+            seen[model - len(self._orders)] = self.in_flight[model][replica]
+        return np.array(seen, dtype=np.float64).reshape(len(self._orders), -1)
+
+
+class _Order:
+    """Who is first among `size` replicas by count, then by index: a tree in which each node is the lesser
+    of its two children."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._num_leaves = 1 << (size - 1).bit_length()
+        # A count and an index in one integer, since Python compares those faster than pairs.
+        self._nodes = [0] * (2 * self._num_leaves)
+        last = 2 * _DOWN * size
+        self._nodes[self._num_leaves :] = [leaf if leaf < size else last for leaf in range(self._num_leaves)]
+        for node in range(self._num_leaves - 1, 0, -1):
+            self._nodes[node] = min(self._nodes[2 * node], self._nodes[2 * node + 1])
+
+    @property
+    def first(self) -> int:
+        return self._nodes[1] % self._size
+
+    def put(self, replica: int, count: int) -> None:
+        nodes = self._nodes
+        node = self._num_leaves + replica
+        nodes[node] = count * self._size + replica
+        while node > 1:
+            lesser, other = nodes[node], nodes[node ^ 1]
+            if other < lesser:
+                lesser = other
+            node >>= 1
+            if nodes[node] == lesser:
+                return
+            nodes[node] = lesser

@@ -1,0 +1,202 @@
+"""Whom requests go to while replicas come and go, and that nothing is lost in the counting."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import count
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from besteffort.arrivals import ArrivalRateEstimator
+from besteffort.engines.running import Engine
+from besteffort.fleet import Fleet
+from besteffort.observation import Observation
+from besteffort.policies import Static
+from besteffort.router import Dispatcher
+from besteffort.router.dispatcher import NoReplicaError, Route
+
+NUM_REPLICAS = (3, 2, 4)
+REPLICAS = [(model, replica) for model, number in enumerate(NUM_REPLICAS) for replica in range(number)]
+TICK_S = 0.01
+FLEET = Fleet.model_validate(
+    {
+        "schema_version": 1,
+        "name": "three",
+        "models": [{"name": name, "path": name} for name in ("small", "middle", "large")],
+        "tasks": [{"name": "copa", "deadline_ms_per_token": 40, "lm_eval_task": "copa"}],
+        "num_gpus": 2,
+    }
+)
+
+
+class Turns:
+    """Each model in turn, whether it is up or not."""
+
+    name = "turns"
+
+    def __init__(self) -> None:
+        self.seen: list[Observation] = []
+
+    def choose(self, observation: Observation) -> int:
+        self.seen.append(observation)
+        return (len(self.seen) - 1) % len(NUM_REPLICAS)
+
+
+def make(policy: Turns | Static) -> Dispatcher:
+    engines = tuple(
+        tuple(Engine(f"http://127.0.0.1:{9000 + 10 * model + replica}", "x") for replica in range(number))
+        for model, number in enumerate(NUM_REPLICAS)
+    )
+    ticks = count()
+    return Dispatcher(FLEET, policy, engines, clock=lambda: TICK_S * next(ticks))
+
+
+def take_down(dispatcher: Dispatcher, model: int) -> None:
+    for replica in range(NUM_REPLICAS[model]):
+        dispatcher.set_available(model, replica, False)
+
+
+class Books:
+    """A dispatcher, and the same requests counted by going through all of them."""
+
+    def __init__(self) -> None:
+        self.policy = Turns()
+        self.dispatcher = make(self.policy)
+        self.running: list[Route] = []
+        self.down: set[tuple[int, int]] = set()
+        self.rate_per_s = 0.0
+        self._estimator = ArrivalRateEstimator()
+
+    @property
+    def in_flight(self) -> list[list[int]]:
+        places = [(route.model, route.replica) for route in self.running]
+        return [[places.count((m, r)) for r in range(n)] for m, n in enumerate(NUM_REPLICAS)]
+
+    def begin(self, pinned: int | None) -> None:
+        wanted = len(self.policy.seen) % len(NUM_REPLICAS) if pinned is None else pinned
+        place = self._place(wanted, pinned is not None, self.down)
+        # The clock moves on with each reading, and the next one is the arrival.
+        self.rate_per_s = self._estimator.observe(self.dispatcher.clock() + TICK_S)
+        self._note(place, lambda: self.dispatcher.begin(0, pinned))
+
+    def begin_again(self, nth: int) -> None:
+        failed = self.running[nth]
+        tried = {(failed.model, failed.replica)}
+        place = self._place(failed.model, failed.pinned, self.down | tried)
+        self._note(place, lambda: self.dispatcher.begin_again(failed, tried))
+
+    def end(self, nth: int) -> None:
+        self.dispatcher.end(self.running.pop(nth))
+
+    def turn(self, place: tuple[int, int]) -> None:
+        self.down ^= {place}
+        self.dispatcher.set_available(*place, place not in self.down)
+
+    def _place(self, wanted: int, pinned: bool, out: set[tuple[int, int]]) -> tuple[int, int] | None:
+        """Where a request must go that should go to the model `wanted`."""
+        nearest = [*range(wanted, -1, -1), *range(wanted + 1, len(NUM_REPLICAS))]
+        for model in nearest[:1] if pinned else nearest:
+            counts = self.in_flight[model]
+            up = [replica for replica in range(len(counts)) if (model, replica) not in out]
+            if up:
+                return model, min(up, key=lambda replica: (counts[replica], replica))
+        return None
+
+    def _note(self, place: tuple[int, int] | None, begin: Callable[[], Route]) -> None:
+        if place is None:
+            with pytest.raises(NoReplicaError):
+                begin()
+            return
+        route = begin()
+        assert (route.model, route.replica) == place
+        assert route.engine is self.dispatcher.engines[route.model][route.replica]
+        self.running.append(route)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(data=st.data(), num_steps=st.integers(0, 60))
+def test_whatever_begins_ends_and_fails_the_counts_are_exact_and_end_at_zero(
+    data: st.DataObject, num_steps: int
+) -> None:
+    books = Books()
+    for _ in range(num_steps):
+        what = data.draw(st.sampled_from(["begin", "begin", "again", "end", "turn"]))
+        if what == "begin":
+            books.begin(data.draw(st.sampled_from([None, None, 0, 1, 2])))
+        elif what == "turn":
+            books.turn(data.draw(st.sampled_from(REPLICAS)))
+        elif books.running:
+            nth = data.draw(st.integers(0, len(books.running) - 1))
+            (books.end if what == "end" else books.begin_again)(nth)
+        assert books.dispatcher.in_flight == books.in_flight
+        assert books.dispatcher.arrival_rate_per_s == pytest.approx(books.rate_per_s)
+    for route in books.running:
+        books.dispatcher.end(route)
+    assert books.dispatcher.in_flight == [[0] * number for number in NUM_REPLICAS]
+
+
+def test_a_request_that_fails_inside_its_block_is_no_longer_in_flight() -> None:
+    dispatcher = make(Static(1, "static:middle"))
+
+    def fail() -> None:
+        with dispatcher.route(0):
+            assert dispatcher.in_flight == [[0, 0, 0], [1, 0], [0, 0, 0, 0]]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert dispatcher.in_flight == [[0, 0, 0], [0, 0], [0, 0, 0, 0]]
+
+
+def test_a_policy_sees_which_models_are_closed_and_batches_without_what_is_down() -> None:
+    policy = Turns()
+    dispatcher = make(policy)
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(dispatcher.route(0, pinned=2))
+        for _ in range(2):
+            stack.enter_context(dispatcher.route(0, pinned=2))
+        dispatcher.set_available(2, 0, False)  # with two requests; the others have 2, 1 and 1
+        take_down(dispatcher, 1)
+        stack.enter_context(dispatcher.route(0))
+    assert policy.seen[-1].closed == (1,)
+    np.testing.assert_allclose(policy.seen[-1].batch_sizes, [0.0, 0.0, 4 / 3])
+
+
+def test_a_model_that_is_down_gives_way_to_the_next_smaller_and_then_to_a_larger() -> None:
+    dispatcher = make(Static(1, "static:middle"))
+    take_down(dispatcher, 1)
+    with dispatcher.route(0) as route:
+        assert route.model == 0
+    take_down(dispatcher, 0)
+    with dispatcher.route(0) as route:
+        assert route.model == 2
+    dispatcher.set_available(1, 1, True)
+    with dispatcher.route(0) as route:
+        assert (route.model, route.replica) == (1, 1)
+
+
+def test_a_pinned_request_goes_to_no_other_model() -> None:
+    dispatcher = make(Turns())
+    take_down(dispatcher, 2)
+    with pytest.raises(NoReplicaError, match="no replica of large is up"):
+        dispatcher.begin(0, pinned=2)
+    assert dispatcher.begin(0, pinned=1).model == 1
+
+
+def test_a_second_attempt_is_no_second_arrival_and_the_policy_does_not_see_it() -> None:
+    policy = Turns()
+    dispatcher = make(policy)
+    first = dispatcher.begin(0)
+    rate_per_s = dispatcher.arrival_rate_per_s
+    second = dispatcher.begin_again(first, {(0, 0)})
+    third = dispatcher.begin_again(first, {(0, 0), (0, 1), (0, 2)})
+    assert [(route.model, route.replica) for route in (second, third)] == [(0, 1), (1, 0)]
+    assert third.arrived_at == first.arrived_at
+    assert (len(policy.seen), dispatcher.arrival_rate_per_s) == (1, rate_per_s)
+    with pytest.raises(NoReplicaError, match="of any model"):
+        dispatcher.begin_again(first, REPLICAS)
+    # What was tried is open to others as before.
+    assert dispatcher.begin(0, pinned=0).replica == 2
