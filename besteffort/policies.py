@@ -156,9 +156,10 @@ class Learned:
         self.name = name
         self._encoding = encoding
         self._decider = Decider(network)
+        encoding.encode_one(_idle(encoding.num_models), self._decider.inputs)  # compiled now, not when asked
 
     def choose(self, observation: Observation) -> int:
-        self._decider.inputs[:] = self._encoding.encode_one(observation)
+        self._encoding.encode_one(observation, self._decider.inputs)
         return _highest(self._decider(), observation.closed)
 
 
@@ -170,11 +171,17 @@ class LearnedOnFleet:
         self._encoding = encoding
         self._decider = Decider(network)
         self._rates = RecentRates(encoding.spans_s)
+        rates_per_s = [0.0] * len(encoding.spans_s)
+        encoding.encode_one(_idle(encoding.num_models), rates_per_s, self._decider.inputs)  # as above
 
     def choose(self, observation: Observation) -> int:
         rates_per_s = self._rates.observe(observation.arrived_at)
-        self._decider.inputs[:] = self._encoding.encode_one(observation, rates_per_s)
+        self._encoding.encode_one(observation, rates_per_s, self._decider.inputs)
         return _highest(self._decider(), observation.closed)
+
+
+def _idle(num_models: int) -> Observation:
+    return Observation(0, np.zeros(num_models), 0.0, 0.0, np.zeros((num_models, num_models)))
 
 
 def _highest(q_values: NDArray[np.float32], closed: tuple[int, ...]) -> int:

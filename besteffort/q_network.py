@@ -1,12 +1,13 @@
-"""The Q-network as the router runs it: a small MLP in numpy, microseconds per decision, no torch."""
+"""The Q-network as the router runs it: a small MLP, microseconds per decision, no torch."""
 
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
-_ZERO = np.float32(0.0)  # numpy takes longer over a Python float
+_Layers = tuple[NDArray[np.float32], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +42,40 @@ class QNetwork:
 
 
 class Decider:
-    """The same network for one input at a time, in buffers of its own: a third of the time.
+    """The same network for one input at a time, compiled: a quarter of numpy's time, and in one call.
 
-    Biases are one more row of each layer's weights, which every layer's input meets with a 1. Values are
-    those of `QNetwork` to float32 rounding, since sums run in another order. Not for several threads.
+    Values are those of `QNetwork` to float32 rounding, since sums run in another order. Not for several
+    threads. Compiled when it is made, and not when it is first called.
     """
 
     def __init__(self, network: QNetwork) -> None:
-        layers = zip(network.weights, network.biases, strict=True)
-        joined = [np.concatenate([weight, bias[None]], dtype=np.float32) for weight, bias in layers]
-        fed = [np.ones(len(layer), dtype=np.float32) for layer in joined]
-        self.inputs = fed[0][:-1]
+        # Copies, so that all are laid out as the compiled code expects.
+        self._weights = tuple(np.array(weight, dtype=np.float32, order="C") for weight in network.weights)
+        self._biases = tuple(np.array(bias, dtype=np.float32) for bias in network.biases)
+        sizes = [network.num_inputs, *(len(bias) for bias in network.biases)]
+        self._values = tuple(np.zeros(size, dtype=np.float32) for size in sizes)
+        self.inputs = self._values[0]
         """(I,) to be written before each call"""
-        self._q_values = np.zeros(network.num_outputs, dtype=np.float32)
-        self._hidden = [
-            (given, layer, taken[:-1])
-            for given, layer, taken in zip(fed[:-1], joined[:-1], fed[1:], strict=True)
-        ]
-        self._last = fed[-1], joined[-1], self._q_values
+        self()
 
     def __call__(self) -> NDArray[np.float32]:
         """Q-values `(M,)` of `inputs`, good until the next call."""
-        for given, layer, taken in self._hidden:
-            np.dot(given, layer, taken)
-            np.maximum(taken, _ZERO, taken)
-        np.dot(*self._last)
-        return self._q_values
+        _feed(self._weights, self._biases, self._values)
+        return self._values[-1]
+
+
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _feed(weights: _Layers, biases: _Layers, values: _Layers) -> None:
+    """Inner loops run along rows, so that they are vectorised; half of the hidden values are 0."""
+    last = len(weights) - 1
+    for layer in range(len(weights)):
+        weight, given, taken = weights[layer], values[layer], values[layer + 1]
+        taken[:] = biases[layer]
+        for i in range(len(given)):
+            value = given[i]
+            if value != 0.0:
+                for j in range(len(taken)):
+                    taken[j] += value * weight[i, j]
+        if layer < last:
+            for j in range(len(taken)):
+                taken[j] = max(taken[j], np.float32(0.0))

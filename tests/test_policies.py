@@ -23,7 +23,7 @@ def _named(spec: str, fleet: Fleet) -> Policy:
 
 
 def _seen(*batch_sizes: float, task: int = 0, rate: float = 1.0) -> Observation:
-    return Observation(task, np.array(batch_sizes), rate)
+    return Observation(task, np.array(batch_sizes, dtype=np.float64), rate)
 
 
 def _trained(fleet: Fleet, bias: list[float]) -> TrainedPolicy:
