@@ -13,7 +13,7 @@ BENCH := .venv/.made-bench
 # What is locked stays as it is; machines with a GPU have another torch than the locked one.
 LOCKED = $(if $(shell nvidia-smi -L 2>/dev/null),,--constraints requirements.lock)
 
-.PHONY: help setup demo paper paper-train test lint bench-simulator bench-training format lock clean
+.PHONY: help setup demo paper paper-train test lint bench-simulator bench-decision bench-training format lock clean
 
 help: ## List the words.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,6 +46,9 @@ lint: $(SETUP) ## Check style, types and import floors.
 
 bench-simulator: $(SETUP) ## Time the simulator: routing decisions per second by fleet size.
 	@$(BIN)/python -m tests.benchmarks.simulator
+
+bench-decision: $(SETUP) ## Time the router's decisions: by policy and fleet size.
+	@$(BIN)/python -m tests.benchmarks.decision
 
 bench-training: $(BENCH) ## Time the paper's recipe beside Stable-Baselines3's DQN, and what both reach.
 	@$(BIN)/python -m tests.benchmarks.training $(if $(ITERATIONS),--iterations $(ITERATIONS))
