@@ -1,5 +1,6 @@
 """How long the models take: what the simulator and the predicting policies use of a profile."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,8 +44,11 @@ class Latency:
         return np.asarray(self.prefill_base_ms[:, None] + per_token)
 
     @cached_property
-    def _steps_ms(self) -> NDArray[np.float64]:
-        return self.step_table_ms(1024)
+    def _lists(self) -> tuple[list[list[float]], list[list[float]], list[float], list[float]]:
+        """Steps, slowdowns and both parts of a prefill: a single entry of an array costs more."""
+        arrays = self.step_table_ms(1024), self.slowdown, self.prefill_base_ms, self.prefill_ms_per_token
+        steps_ms, slowdown, base_ms, ms_per_token = (array.tolist() for array in arrays)
+        return steps_ms, slowdown, base_ms, ms_per_token
 
     def predicted_ms_per_token(
         self,
@@ -56,14 +60,16 @@ class Latency:
 
         As if every batch stayed as it is until the request is done.
         """
-        models = np.arange(self.num_models)
-        in_flight = np.minimum(np.ceil(batch_sizes).astype(np.int64) + 1, 1024)
-        busy = np.asarray(batch_sizes) > 0
-        busy_set = int(np.sum(np.where(busy, 1 << models, 0)))
-        slow = self.slowdown[models, busy_set | (1 << models)]
-        prefill_ms = self.prefill_base_ms + self.prefill_ms_per_token * num_prompt_tokens
-        decode_ms = self._steps_ms[models, in_flight] * (num_output_tokens - 1)
-        return np.asarray(slow * (prefill_ms + decode_ms) / num_output_tokens)
+        steps_ms, slowdown, base_ms, ms_per_token = self._lists
+        sizes = np.asarray(batch_sizes).tolist()
+        busy = sum(1 << model for model, size in enumerate(sizes) if size > 0)
+        predicted = []
+        for model, size in enumerate(sizes):
+            decode_ms = steps_ms[model][min(math.ceil(size) + 1, 1024)] * (num_output_tokens - 1)
+            prefill_ms = base_ms[model] + ms_per_token[model] * num_prompt_tokens
+            slow = slowdown[model][busy | 1 << model]
+            predicted.append(slow * (prefill_ms + decode_ms) / num_output_tokens)
+        return np.array(predicted)
 
 
 def _interpolate(
