@@ -42,7 +42,7 @@ class QNetwork:
 
 
 class Decider:
-    """The same network for one input at a time, compiled: a quarter of numpy's time, and in one call.
+    """The same network for one input at a time, compiled: a fraction of numpy's time, and in one call.
 
     Values are those of `QNetwork` to float32 rounding, since sums run in another order. Not for several
     threads. Compiled when it is made, and not when it is first called.
