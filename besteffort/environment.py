@@ -19,6 +19,8 @@ from besteffort.observation import Encoding
 from besteffort.request import Requests
 from besteffort.rewards import Rewards
 from besteffort.simulator import ParallelFleets
+from besteffort.training.trace_parts import TracePart
+from besteffort.training.workloads import TrainingWorkloads
 from besteffort.workload import stable
 
 # The paper's lowest and highest rate for its four GPUs (Sec. 4.3.1), times the fleet's `rate_scale`.
@@ -36,13 +38,34 @@ class Service:
     latency: Latency
     rewards: Rewards
 
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """What an answer in time counts in training, shape `(T, M)`.
+
+        `A[t, m] / max_m A[t, m]` times the weight of the task, over the mean weight of an arrival: only the
+        weights' proportions matter.
+        """
+        weights = np.array([task.weight for task in self.fleet.tasks])
+        values = self.rewards.relative * (weights / (weights @ self.fleet.task_shares))[:, None]
+        return np.asarray(values)
+
     def worth(
         self, task: NDArray[np.int64], model: NDArray[np.int64], latency_ms_per_token: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """`w * A[t, m] / max_m A[t, m]` of each request, shape `(N,)`: its share of the performance."""
+        return self._in_time(task, latency_ms_per_token) * np.asarray(self.rewards.relative[task, model])
+
+    def weighted_worth(
+        self, task: NDArray[np.int64], model: NDArray[np.int64], latency_ms_per_token: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The same by the `values` of answers, shape `(N,)`: what training maximises."""
+        return self._in_time(task, latency_ms_per_token) * self.values[task, model]
+
+    def _in_time(
+        self, task: NDArray[np.int64], latency_ms_per_token: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         deadlines = np.array([t.deadline_ms_per_token for t in self.fleet.tasks])[task]
-        weight = deadline_weight(latency_ms_per_token, deadlines, self.fleet.deadline_kind)
-        return weight * self.rewards.relative[task, model]
+        return deadline_weight(latency_ms_per_token, deadlines, self.fleet.deadline_kind)
 
 
 def encoding_for(fleet: Fleet) -> Encoding:
@@ -73,6 +96,20 @@ def switching_requests(
     return Requests(
         np.cumsum(gaps / rate_per_s), steady.task, steady.num_prompt_tokens, steady.num_output_tokens
     )
+
+
+@dataclass(frozen=True)
+class SwitchingRates:
+    """Workloads of so many requests."""
+
+    num_requests: int
+    mean_requests_per_rate: float
+
+    def draw(self, fleet: Fleet, rng: np.random.Generator) -> Requests:
+        return switching_requests(fleet, self.num_requests, self.mean_requests_per_rate, rng)
+
+    def cut(self, part: TracePart, speed: float, rng: np.random.Generator) -> Requests:
+        return part.from_request(int(rng.integers(len(part))), self.num_requests, speed)
 
 
 @dataclass(frozen=True)
@@ -124,11 +161,11 @@ class Episode:
         return self._index == self._fleets.num_requests - 1
 
     def completed(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """Fleets, indices and worth of the requests that completed since the last call."""
+        """Fleets, indices and weighted worth of the requests that completed since the last call."""
         fleets, indices = self._fleets.collect_completed()
         task, action = self.task[fleets, indices], self.actions[fleets, indices]
         took = self._fleets.latency_ms_per_token(fleets, indices)
-        return fleets, indices, self._service.worth(task, action, took)
+        return fleets, indices, self._service.weighted_worth(task, action, took)
 
 
 class RoutingEnvironment:
@@ -147,18 +184,16 @@ class RoutingEnvironment:
         num_fleets: int,
         num_requests: int = 1000,
         mean_requests_per_rate: float = 100.0,
+        workloads: TrainingWorkloads | None = None,
     ) -> None:
         self._service, self._encoding, self._rng = service, encoding, rng
         self._num_fleets, self._num_requests = num_fleets, num_requests
-        self._mean_requests_per_rate = mean_requests_per_rate
-        self._task_weight = np.array([task.weight for task in service.fleet.tasks])
+        self._workloads = workloads or TrainingWorkloads(service.fleet)
+        self._shape = SwitchingRates(num_requests + 1, mean_requests_per_rate)
 
     def reset(self) -> NDArray[np.float32]:
         """Begin new workloads; returns the observations at their first arrivals, `(F, T + M + 1)`."""
-        workloads = [
-            switching_requests(self._service.fleet, self._num_requests + 1, self._mean_requests_per_rate, rng)
-            for rng in self._rng.spawn(self._num_fleets)
-        ]
+        workloads = [self._workloads.draw(self._shape, rng) for rng in self._rng.spawn(self._num_fleets)]
         self._episode = Episode(self._service, self._encoding, workloads)
         return self._episode.observe()
 
@@ -177,11 +212,10 @@ class RoutingEnvironment:
 
     def _transitions(self) -> Transitions:
         fleets, indices, worth = self._episode.completed()
-        weight = self._task_weight[self._episode.task[fleets, indices]]
         return Transitions(
             observations=self._episode.observations[fleets, indices],
             actions=self._episode.actions[fleets, indices],
-            rewards=(worth * weight).astype(np.float32),
+            rewards=worth.astype(np.float32),
             next_observations=self._episode.observations[fleets, indices + 1],
         )
 
@@ -189,7 +223,10 @@ class RoutingEnvironment:
 def evaluate(
     service: Service, encoding: Encoding, workloads: list[Requests], policy: Policy
 ) -> NDArray[np.float64]:
-    """`performance` on each workload, shape `(F,)`; all of one length."""
+    """Mean weighted worth of the requests of each workload, shape `(F,)`; all of one length.
+
+    That is the `performance`, unless the fleet's tasks differ in weight.
+    """
     episode = Episode(service, encoding, workloads)
     while not episode.at_last_arrival:
         episode.route(policy(episode.observe()))

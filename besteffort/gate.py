@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from besteffort.environment import Service
+from besteffort.fleet import Fleet
 from besteffort.policies import Policy
 from besteffort.progress import Progress
 from besteffort.report.summary import count_windows, window_performance
 from besteffort.request import Requests
 from besteffort.simulator import simulate
-from besteffort.workload import generate_workload
+from besteffort.training.workloads import TrainingWorkloads
+from besteffort.workload import generate_workload, stable
 
 RATES_PER_S = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 40.0, 48.0)
 FIRST_SEED = 900_000  # nobody trains, tunes or chooses by these and the next ones
@@ -29,12 +32,19 @@ class Effort:
     num_requests: int = 10_000  # of an unpredictable one
 
 
+class Worth(NamedTuple):
+    """Of each request, shape `(N,)`."""
+
+    weighted: NDArray[np.float64]  # what policies are compared by: tasks count by their weight
+    plain: NDArray[np.float64]  # the performance, which windows count
+
+
 @dataclass(frozen=True)
 class Reached:
     """One policy on one workload: the mean over seeds, and how far it is above the candidate."""
 
     policy: str
-    performance: float
+    performance: float  # tasks counted by their weight
     half_width: float  # of the 95 % interval of `performance`
     ahead: float  # of the candidate, on the same traces; negative: behind
     ahead_half_width: float
@@ -62,46 +72,92 @@ class Row:
         }
 
 
+@dataclass(frozen=True)
+class Workload:
+    """One row of the comparison, before it is run."""
+
+    name: str
+    draw: Callable[[], list[Requests]]  # a trace for each seed
+    with_windows: bool = True
+
+
 def compare(
-    policies: Sequence[Callable[[], Policy]], service: Service, effort: Effort, progress: Progress
+    policies: Sequence[Callable[[], Policy]],
+    service: Service,
+    effort: Effort,
+    progress: Progress,
+    trained_on: TrainingWorkloads | None = None,
 ) -> list[Row]:
-    """The first policy against the others; each begins every workload afresh."""
+    """The first policy against the others; each begins every workload afresh.
+
+    Beside the paper's workloads, what training knew of others: random mixes of tasks, and the parts of
+    traces that were held out from it.
+    """
     names = [make().name for make in policies]
     rows = []
-    workloads = [("stable", rate) for rate in RATES_PER_S] + [
-        ("unpredictable-1", 0.0),
-        ("unpredictable-2", 0.0),
-    ]
+    workloads = _workloads(service.fleet, effort, trained_on or TrainingWorkloads(service.fleet))
     with progress.bar("compare", len(workloads)) as bar:
-        for kind, rate in workloads:
-            traces = [_trace(service, effort, kind, rate, FIRST_SEED + s) for s in range(effort.num_seeds)]
+        for workload in workloads:
+            traces = workload.draw()
             worth = [[_worth(make(), service, trace) for trace in traces] for make in policies]
-            name = f"stable {rate * service.fleet.rate_scale:g}/s" if kind == "stable" else kind
-            rows.append(Row(name, _reached(names, worth, with_windows=kind != "stable")))
-            bar.describe(name)
+            rows.append(Row(workload.name, _reached(names, worth, with_windows=workload.with_windows)))
+            bar.describe(workload.name)
             bar.advance()
     return rows
 
 
-def _trace(service: Service, effort: Effort, kind: str, rate: float, seed: int) -> Requests:
-    rng, fleet = np.random.default_rng(seed), service.fleet
-    if kind == "stable":
+def verdict(rows: Sequence[Row]) -> str | None:
+    """Where the policy loses most, as half a sentence; None: nowhere."""
+    losses = [(one.ahead, one.policy, row.workload) for row in rows for one in row.better]
+    if not losses:
+        return None
+    ahead, policy, workload = max(losses)
+    num_workloads = len({workload for _, _, workload in losses})
+    return (
+        f"it loses on {num_workloads} of {len(rows)} workloads, most against {policy} on {workload} "
+        f"(by {ahead:.4f})"
+    )
+
+
+def _workloads(fleet: Fleet, effort: Effort, trained_on: TrainingWorkloads) -> list[Workload]:
+    seeds = range(FIRST_SEED, FIRST_SEED + effort.num_seeds)
+
+    def stable_at(rate_per_s: float) -> list[Requests]:
         # Long enough that the paper's number of requests comes, whatever the fleet's scale.
-        return generate_workload(
-            kind, fleet, rng, rate_per_s=rate, num_requests=max(10, round(rate * effort.duration_s))
-        )
-    return generate_workload(kind, fleet, rng, num_requests=effort.num_requests)
+        num_requests = max(10, round(rate_per_s * effort.duration_s))
+        rngs = map(np.random.default_rng, seeds)
+        return [stable(fleet, rng, rate_per_s, num_requests=num_requests) for rng in rngs]
+
+    def unpredictable(kind: str, mixed: Callable[[np.random.Generator], Fleet]) -> list[Requests]:
+        rngs = map(np.random.default_rng, seeds)
+        return [generate_workload(kind, mixed(rng), rng, num_requests=effort.num_requests) for rng in rngs]
+
+    kinds = ("unpredictable-1", "unpredictable-2")
+    workloads = [
+        Workload(f"stable {rate * fleet.rate_scale:g}/s", partial(stable_at, rate), with_windows=False)
+        for rate in RATES_PER_S
+    ]
+    workloads += [Workload(kind, partial(unpredictable, kind, lambda _: fleet)) for kind in kinds]
+    if trained_on.task_mix == "random":
+        workloads += [
+            Workload(f"{kind}, random mixes", partial(unpredictable, kind, trained_on.mixed))
+            for kind in kinds
+        ]
+    workloads += [
+        Workload(f"trace {trace.name}, held out", partial(trace.held_out.cut, effort.num_seeds))
+        for trace in trained_on.traces
+    ]
+    return workloads
 
 
-def _worth(policy: Policy, service: Service, trace: Requests) -> NDArray[np.float64]:
+def _worth(policy: Policy, service: Service, trace: Requests) -> Worth:
     outcomes = simulate(trace, service.fleet, service.latency, policy.choose)
-    return service.worth(trace.task, outcomes.model, outcomes.latency_ms_per_token)
+    routed = (trace.task, outcomes.model, outcomes.latency_ms_per_token)
+    return Worth(service.weighted_worth(*routed), service.worth(*routed))
 
 
-def _reached(
-    names: Sequence[str], worth: list[list[NDArray[np.float64]]], with_windows: bool
-) -> list[Reached]:
-    means = np.array([[one.mean() for one in of_policy] for of_policy in worth])  # (P, S)
+def _reached(names: Sequence[str], worth: list[list[Worth]], with_windows: bool) -> list[Reached]:
+    means = np.array([[one.weighted.mean() for one in of_policy] for of_policy in worth])  # (P, S)
     ahead = means - means[0]
     return [
         Reached(
@@ -124,6 +180,6 @@ def _half_width(values: NDArray[np.float64]) -> float:
     return float(t * values.std(ddof=1) / np.sqrt(len(values)))
 
 
-def _windows(worth: list[NDArray[np.float64]]) -> dict[str, float]:
-    counts = [count_windows(window_performance(one)) for one in worth]
+def _windows(worth: list[Worth]) -> dict[str, float]:
+    counts = [count_windows(window_performance(one.plain)) for one in worth]
     return {threshold: float(np.mean([count[threshold] for count in counts])) for threshold in counts[0]}

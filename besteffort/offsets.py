@@ -55,6 +55,41 @@ class Offsets:
             ),
         )
 
+    @classmethod
+    def split(cls, network: QNetwork, encoding: FleetEncoding) -> tuple[QNetwork, NDArray[np.float64]]:
+        """What `added` made of a network and its offsets: so it does not grow with each training.
+
+        A network without such units is returned as it is, with `size` offsets of zero.
+        """
+        room = cls(network, encoding)
+        if not room._has_units():
+            return network, np.zeros(room.size)
+        core = -room.num_units
+        weights, biases = network.weights, network.biases
+        own = (weights[0][:, :core], weights[1][:core, :core], weights[2][:core])
+        last = weights[2][core:, 1:].astype(np.float64)
+        return (
+            QNetwork(tuple(weight.copy() for weight in own), (biases[0][:core], biases[1][:core], biases[2])),
+            last.ravel(),
+        )
+
+    def _has_units(self) -> bool:
+        weights, biases = self.network.weights, self.network.biases
+        units, unit_biases = self._units()
+        core = -self.num_units
+        if len(weights[0][0]) <= self.num_units or len(weights[1][0]) <= self.num_units:
+            return False
+        through = np.eye(self.num_units, dtype=np.float32)
+        return bool(
+            np.array_equal(weights[0][:, core:], units)
+            and np.array_equal(biases[0][core:], unit_biases)
+            and np.array_equal(weights[1][core:, core:], through)
+            and not weights[1][:core, core:].any()
+            and not weights[1][core:, :core].any()
+            and not biases[1][core:].any()
+            and not weights[2][core:, 0].any()
+        )
+
     def _units(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """First-layer weights `(I, U)` and biases `(U,)`: for each task a constant and hinges."""
         encoding, num_rates = self.encoding, 1 + len(self.encoding.spans_s)

@@ -15,12 +15,10 @@ from besteffort.advantages import (
     ADVANTAGE_RECIPES,
     AdvantageRecipe,
     AdvantageTrainer,
-    RoundCheckpoints,
     Sampler,
     fleet_encoding_for,
 )
 from besteffort.artifacts.policy_file import TrainedPolicy, load_policy, save_policy
-from besteffort.dqn import export_network, make_network
 from besteffort.environment import Service
 from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet
@@ -34,7 +32,10 @@ from besteffort.request import Requests
 from besteffort.rewards import Rewards
 from besteffort.router.dispatcher import Dispatcher
 from besteffort.simulator import Branching, simulate, simulate_choices
+from besteffort.training.checkpoint import Checkpoint
+from besteffort.training.torch_network import export_network, make_network
 from besteffort.workload import stable
+from tests.test_dqn import StopsAt
 
 TINY = AdvantageRecipe(
     num_rounds=2,
@@ -196,20 +197,68 @@ def test_the_same_seed_gives_the_same_weights_however_many_threads() -> None:
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(tmp_path: Path, num_steps_done: int) -> None:
     service = make_service()
     whole = AdvantageTrainer(service, TINY, 1).run(Silent())
-    checkpoints = RoundCheckpoints(tmp_path / "rounds.safetensors", {"seed": 1})
-    first = AdvantageTrainer(service, TINY, 1, checkpoints=checkpoints)
+    checkpoint = Checkpoint(tmp_path / "rounds.safetensors", {"seed": 1})
+    first = AdvantageTrainer(service, TINY, 1, checkpoint=checkpoint)
     for _ in range(num_steps_done):
         first.step()
-    checkpoints.save(first._fitter, first.training, first._kept)
-    again = AdvantageTrainer(service, TINY, 1, checkpoints=checkpoints)
+    first.save()
+    again = AdvantageTrainer(service, TINY, 1, checkpoint=checkpoint)
     assert again.resumed
     assert again.training.iteration == num_steps_done
     resumed = again.run(Silent())
     assert resumed.curve == whole.curve
     for a, b in zip(resumed.best.weights, whole.best.weights, strict=True):
         np.testing.assert_array_equal(a, b)
-    other = RoundCheckpoints(tmp_path / "rounds.safetensors", {"seed": 2})
-    assert not AdvantageTrainer(service, TINY, 1, checkpoints=other).resumed
+    other = Checkpoint(tmp_path / "rounds.safetensors", {"seed": 2})
+    assert not AdvantageTrainer(service, TINY, 1, checkpoint=other).resumed
+
+
+def test_offsets_that_were_added_to_a_network_come_off_it_again() -> None:
+    service = make_service()
+    encoding, network = fleet_encoding_for(service.fleet), drawn_network(service, 4)
+    room = Offsets(network, encoding)
+    offsets = np.random.default_rng(0).normal(size=room.size).astype(np.float32)
+    core, found = Offsets.split(room.added(offsets), encoding)
+    np.testing.assert_array_equal(found, offsets)
+    for a, b in zip(core.weights + core.biases, network.weights + network.biases, strict=True):
+        np.testing.assert_array_equal(a, b)
+    without, none = Offsets.split(network, encoding)
+    assert without is network
+    assert not none.any()
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_training_goes_on_from_a_policy_with_offsets_without_growing_or_getting_worse(kind: str) -> None:
+    hard = AdvantageTrainer(make_service(), replace(TINY, num_rounds=3, num_steps=100), 1).run(Silent()).best
+    assert hard.weights[1].shape[0] > 8  # offsets were added
+    trainer = AdvantageTrainer(make_service(kind=kind), TINY.for_fine_tuning(), 2, init=hard)
+    training = trainer.run(Silent())
+    start = training.curve[0]
+    assert start.iteration == 0
+    assert training.best.weights[1].shape == hard.weights[1].shape
+    assert start.performance == trainer._evaluation.evaluate(hard, 0).performance
+    assert trainer._evaluation.evaluate(training.best, 0).performance >= start.performance
+
+
+def test_searches_begin_at_the_offsets_of_the_policy_to_start_from() -> None:
+    service, encoding = make_service(), fleet_encoding_for(make_service().fleet)
+    room = Offsets(drawn_network(service, 4), encoding)
+    offsets = np.random.default_rng(0).normal(size=room.size).astype(np.float32)
+    recipe = replace(TINY, num_rounds=0, num_searches=1, num_generations=0)
+    trainer = AdvantageTrainer(service, recipe, 0, init=room.added(offsets))
+    np.testing.assert_array_equal(trainer.run(Silent()).offsets, offsets)
+
+
+def test_a_killed_fine_tuning_goes_on_and_keeps_what_the_start_reached(tmp_path: Path) -> None:
+    service = make_service()
+    init = drawn_network(service, 4)
+    whole = AdvantageTrainer(service, TINY, 1, init=init).run(Silent())
+    checkpoint = Checkpoint(tmp_path / "rounds.safetensors", {"seed": 1})
+    with pytest.raises(KeyboardInterrupt):
+        AdvantageTrainer(service, TINY, 1, init=init, checkpoint=checkpoint).run(StopsAt(1))
+    resumed = AdvantageTrainer(service, TINY, 1, init=init, checkpoint=checkpoint)
+    assert resumed.resumed
+    assert resumed.run(Silent()).curve == whole.curve
 
 
 def test_a_short_training_beats_both_static_models() -> None:

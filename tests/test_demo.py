@@ -1,11 +1,30 @@
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from besteffort.advantages import ADVANTAGE_RECIPES
+from besteffort.artifacts.policy_file import TrainedPolicy, save_policy
+from besteffort.environment import encoding_for
 from besteffort.errors import FleetError
-from besteffort.fleet import Fleet
-from besteffort.stages import demo
+from besteffort.fleet import Fleet, load_fleet
+from besteffort.observation import Encoding
+from besteffort.q_network import QNetwork
+from besteffort.stages import demo, training_setup
+from besteffort.training.torch_network import export_network, make_network
+from tests.conftest import ROOT
 from tests.test_score import Lines
+
+
+@pytest.fixture
+def fleet_dir(tmp_path: Path) -> Path:
+    """The shipped CPU fleet, beside files that are only hashed."""
+    toml = ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml"
+    (tmp_path / "fleet.toml").write_bytes(toml.read_bytes())
+    for name in ("profile", "rewards"):
+        (tmp_path / f"{name}.parquet").write_bytes(name.encode())
+    return tmp_path
 
 
 def _unreachable(*args: object, **options: object) -> None:
@@ -41,3 +60,37 @@ def test_what_was_measured_before_is_used_again_only_for_the_same_fleet_toml(spe
     assert demo._is_of_fleet(spec)
     toml.write_text("name = 'b'")
     assert not demo._is_of_fleet(spec)
+
+
+def test_a_policy_is_used_again_only_if_all_that_its_training_depends_on_is_the_same(
+    fleet_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = load_fleet(fleet_dir)
+    spec = demo.Demo(fleet_dir, fleet_dir / "rewards.parquet", None, fleet_dir / "t", fresh=False)
+    assert not demo._is_trained_as_now(spec, fleet)
+    encoding = encoding_for(fleet)
+    network = drawn_for(encoding)
+
+    def write() -> None:
+        save_policy(spec.policy, TrainedPolicy(network, encoding, demo._training(spec).identity()), fleet)
+
+    write()
+    assert demo._is_trained_as_now(spec, fleet)
+    for module, name, value in (
+        (demo, "SEED", 99),
+        (demo, "DEADLINE_MARGIN", 0.5),
+        (training_setup, "__version__", "0.0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert not demo._is_trained_as_now(spec, fleet), name
+    with monkeypatch.context() as patch:
+        longer = replace(ADVANTAGE_RECIPES["demo"], num_rounds=9)
+        patch.setitem(ADVANTAGE_RECIPES, "demo", longer)
+        assert not demo._is_trained_as_now(spec, fleet)
+    spec.profile.write_bytes(b"another one")
+    assert not demo._is_trained_as_now(spec, fleet)
+
+
+def drawn_for(encoding: Encoding) -> QNetwork:
+    return export_network(make_network((encoding.size, 4, encoding.num_models), np.random.default_rng(0)))

@@ -16,17 +16,12 @@ from besteffort.artifacts.profile_file import save_samples
 from besteffort.artifacts.rewards_file import read_given_rewards, save_rewards
 from besteffort.dqn import (
     RECIPES,
-    Checkpoints,
     Learner,
     Recipe,
     ReplayBuffer,
     Trainer,
     double_q_targets,
-    epsilon_at,
     evaluation_workloads,
-    export_network,
-    import_network,
-    make_network,
 )
 from besteffort.environment import Policy, Service, Transitions, evaluate
 from besteffort.errors import GateError, PolicyError, UsageError
@@ -36,6 +31,10 @@ from besteffort.latency import Sample, fit_latency
 from besteffort.progress import Silent
 from besteffort.q_network import QNetwork
 from besteffort.stages.train import train
+from besteffort.trace import save_trace
+from besteffort.training.checkpoint import Checkpoint
+from besteffort.training.torch_network import export_network, import_network, make_network
+from besteffort.workload import generate_workload
 
 REPO = Path(__file__).parent.parent
 BRIEF = Effort(num_seeds=2, duration_s=10.0, num_requests=200)
@@ -155,7 +154,7 @@ def test_the_replay_buffer_keeps_the_latest_transitions() -> None:
 
 def test_epsilon_falls_linearly_and_stays() -> None:
     recipe = replace(TINY, num_iterations=100, first_epsilon=1.0, last_epsilon=0.1, epsilon_decay_share=0.5)
-    assert [epsilon_at(recipe, i) for i in (0, 25, 50, 100)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
+    assert [recipe.epsilon_at(i) for i in (0, 25, 50, 100)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
 
 
 def test_the_paper_recipe_has_the_papers_numbers() -> None:
@@ -163,6 +162,7 @@ def test_the_paper_recipe_has_the_papers_numbers() -> None:
     assert (recipe.discount, recipe.learning_rate, recipe.batch_size) == (0.99, 1e-4, 1024)
     assert (recipe.target_update_every, recipe.num_iterations) == (500, 1_200_000)
     assert recipe.hidden_sizes == (256, 256)
+    assert recipe.for_fine_tuning() == replace(recipe, num_iterations=685_000)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(service: Service) -> None:
@@ -197,6 +197,7 @@ class StopsAt:
 
     def __init__(self, iteration: int) -> None:
         self.left = iteration
+        self.lines: list[str] = []
 
     def __enter__(self) -> "StopsAt":
         return self
@@ -208,7 +209,7 @@ class StopsAt:
         return self
 
     def say(self, line: str) -> None:
-        pass
+        self.lines.append(line)
 
     def describe(self, text: str) -> None:
         pass
@@ -220,11 +221,11 @@ class StopsAt:
 
 
 def test_an_interrupted_training_goes_on_where_it_was(service: Service, tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path / "a.safetensors", {"seed": 1})
-    stopped = Trainer(service, TINY, 1, checkpoints=checkpoints)
+    checkpoint = Checkpoint(tmp_path / "a.safetensors", {"seed": 1})
+    stopped = Trainer(service, TINY, 1, checkpoint=checkpoint)
     with pytest.raises(KeyboardInterrupt):
         stopped.run(StopsAt(45))
-    resumed = Trainer(service, TINY, 1, checkpoints=checkpoints)
+    resumed = Trainer(service, TINY, 1, checkpoint=checkpoint)
     assert resumed.resumed
     assert resumed.training.iteration == stopped.training.iteration == 46
     assert [e.iteration for e in resumed.training.curve] == [30]
@@ -238,11 +239,11 @@ def test_a_checkpoint_of_other_inputs_or_a_damaged_one_is_not_continued(
     service: Service, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
-    Trainer(service, TINY, 1, checkpoints=Checkpoints(path, {"seed": 1})).run(Silent())
-    assert Trainer(service, TINY, 1, checkpoints=Checkpoints(path, {"seed": 1})).resumed
-    assert not Trainer(service, TINY, 1, checkpoints=Checkpoints(path, {"seed": 2})).resumed
+    Trainer(service, TINY, 1, checkpoint=Checkpoint(path, {"seed": 1})).run(Silent())
+    assert Trainer(service, TINY, 1, checkpoint=Checkpoint(path, {"seed": 1})).resumed
+    assert not Trainer(service, TINY, 1, checkpoint=Checkpoint(path, {"seed": 2})).resumed
     path.write_bytes(path.read_bytes()[:100])
-    assert not Trainer(service, TINY, 1, checkpoints=Checkpoints(path, {"seed": 1})).resumed
+    assert not Trainer(service, TINY, 1, checkpoint=Checkpoint(path, {"seed": 1})).resumed
 
 
 def test_the_stage_writes_a_policy_that_says_where_it_comes_from(
@@ -258,7 +259,7 @@ def test_the_stage_writes_a_policy_that_says_where_it_comes_from(
     assert (facts["seed"], facts["iterations"]) == (3, 60)
     assert facts["sha256"]["profile"] == sha256(fleet_dir / "profile.parquet")
     assert [iteration for iteration, _ in facts["evaluation_curve"]] == [30, 60]
-    assert (fleet_dir / "train.png").read_bytes().startswith(b"\x89PNG")
+    assert (fleet_dir / "policy.png").read_bytes().startswith(b"\x89PNG")
     assert not list((fleet_dir / "train").iterdir())  # the checkpoint has served its purpose
 
 
@@ -279,6 +280,104 @@ def test_a_soft_policy_is_trained_further_from_a_hard_one(
     (tmp_path / "fleet.toml").write_text(tighter, encoding="utf-8")
     with pytest.raises(PolicyError, match="trained for deadlines"):
         train(tmp_path, recipe="tiny", init=hard, profile=profile, rewards=rewards, progress=Silent())
+
+
+def test_a_start_that_is_better_than_all_that_comes_of_it_is_kept(service: Service) -> None:
+    brief = replace(RECIPES["dqn"], num_iterations=150, num_first_transitions=4000)
+    start = Trainer(service, brief, 0).run(Silent())
+    spoiled = replace(TINY, learning_rate=1.0, num_iterations=20, evaluate_every=10)
+    training = Trainer(service, spoiled, 1, init=(start.best, start.encoding)).run(Silent())
+    assert [e.iteration for e in training.curve] == [0, 10, 20]
+    assert training.curve[0].performance == start.best_evaluation.performance
+    assert max(e.performance for e in training.curve[1:]) < training.curve[0].performance
+    assert_same_network(training.best, start.best)
+
+
+def test_a_soft_policy_is_at_least_as_good_with_soft_deadlines_as_the_hard_one_it_was(
+    service: Service,
+) -> None:
+    recipe = replace(RECIPES["dqn"], num_iterations=100, evaluate_every=50, num_first_transitions=2000)
+    hard = Trainer(service, recipe, 0).run(Silent())
+    soft_fleet = service.fleet.model_copy(update={"deadline_kind": "soft"})
+    soft = replace(service, fleet=soft_fleet)
+    tuned = Trainer(soft, recipe, 0, init=(hard.best, hard.encoding)).run(Silent())
+    workloads = evaluation_workloads(soft_fleet)
+
+    def reached(network: QNetwork) -> float:
+        policy = lambda inputs: network(inputs).argmax(axis=1)  # noqa: E731
+        return float(evaluate(soft, hard.encoding, workloads, policy).mean())
+
+    assert reached(tuned.best) >= reached(hard.best)
+    assert tuned.curve[0].performance == pytest.approx(reached(hard.best), abs=1e-3)
+
+
+def test_an_interrupted_stage_says_how_to_go_on(
+    fleet_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
+    stopped = StopsAt(45)
+    with pytest.raises(KeyboardInterrupt):
+        train(fleet_dir, recipe="tiny", seed=8, output=tmp_path / "p.safetensors", progress=stopped)
+    assert stopped.lines[-1].startswith("interrupted; the same command goes on from ")
+    assert "tiny-8.safetensors" in stopped.lines[-1]
+    again = StopsAt(0)
+    with pytest.raises(KeyboardInterrupt):
+        train(fleet_dir, recipe="tiny", seed=8, output=tmp_path / "p.safetensors", progress=again)
+    assert again.lines[0].startswith("going on from iteration 46 of")
+
+
+def test_the_plot_goes_beside_the_policy_and_nothing_else_is_overwritten(
+    fleet_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
+    before = {path: path.read_bytes() for path in fleet_dir.iterdir() if path.is_file()}
+    output = tmp_path / "elsewhere" / "mine.safetensors"
+    train(fleet_dir, recipe="tiny", output=output, force=True, gate=BRIEF, progress=Silent())
+    assert sorted(path.name for path in output.parent.iterdir()) == ["mine.png", "mine.safetensors"]
+    assert {path: path.read_bytes() for path in fleet_dir.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("output", "saying"),
+    [
+        ("", "this is a folder; name a file in it"),
+        ("file/policy.safetensors", "cannot be written"),
+        ("x.png", "the plot of the training goes there"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_training(
+    fleet_dir: Path, tmp_path: Path, output: str, saying: str
+) -> None:
+    """By the paper's recipe it would take hours to come that far."""
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(UsageError, match=saying):
+        train(fleet_dir, recipe="paper", output=tmp_path / output, progress=Silent())
+
+
+def test_a_policy_to_start_from_that_is_not_there_is_told_with_the_mend(fleet_dir: Path) -> None:
+    with pytest.raises(PolicyError, match=r"nope: no such file; name another policy .* with --init"):
+        train(fleet_dir, init=Path("nope"), progress=Silent())
+
+
+def test_what_training_draws_from_is_in_the_policys_provenance(
+    fleet_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
+    fleet, trace = load_fleet(fleet_dir), tmp_path / "week.parquet"
+    requests = generate_workload("unpredictable-2", fleet, np.random.default_rng(0), num_requests=1500)
+    save_trace(trace, requests, fleet.task_names, {})
+    output = tmp_path / "p.safetensors"
+    options = {"recipe": "tiny", "output": output, "force": True, "gate": BRIEF, "progress": Silent()}
+    train(fleet_dir, task_mix="random", traces=[trace], **options)  # type: ignore[arg-type]
+    facts = load_policy(output, fleet).facts
+    assert facts["task_mix"] == "random"
+    assert facts["sha256"]["trace week"] == sha256(trace)
+    assert set(facts["evaluation_by_trace"]) == {"week"}
+    assert facts["comparison"][-1]["workload"] == "trace week, held out"
+    with pytest.raises(UsageError, match="two traces are called 'week'"):
+        train(fleet_dir, traces=[trace, trace], progress=Silent())
+    with pytest.raises(UsageError, match="choose one of fleet, random"):
+        train(fleet_dir, task_mix="mine", progress=Silent())
 
 
 def test_a_policy_that_loses_is_not_written_unless_forced(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -98,16 +100,27 @@ def test_a_reward_is_the_deadline_weight_times_relative_accuracy_times_the_weigh
     actions = np.concatenate([t.actions for t in handed_over])
     rewards = np.concatenate([t.rewards for t in handed_over])
     task = np.concatenate([t.observations for t in handed_over])[:, :2].argmax(axis=1)
-    full = np.array([[0.5, 1.0], [3.0, 3.0]], dtype=np.float32)[task, actions]
-    assert np.all((rewards == full) | (rewards == 0))
+    mean_weight = 0.25 * 1.0 + 0.75 * 3.0
+    full = np.array([[0.5, 1.0], [3.0, 3.0]])[task, actions] / mean_weight
+    assert np.all(np.isclose(rewards, full) | (rewards == 0))
     assert np.all(rewards[actions == 0] > 0)  # the fast model is never late here
-    assert {0.0, 1.0, 3.0} <= set(rewards[actions == 1].tolist())
+    assert {0.0, 0.4, 1.2} <= set(rewards[actions == 1].astype(float).round(6).tolist())
 
 
 def test_soft_deadlines_are_rewarded_by_the_soft_weight() -> None:
     service = make_service("soft")
     late = service.worth(np.array([0, 0, 1]), np.array([1, 1, 0]), np.array([31.0, 34.0, 30.0]))
     np.testing.assert_allclose(late, [0.99, 0.0, 1.0])
+
+
+def test_only_the_proportions_of_weights_matter_and_performance_leaves_them_out() -> None:
+    service = make_service()
+    routed = (np.array([0, 1]), np.array([0, 0]), np.array([10.0, 10.0]))
+    np.testing.assert_allclose(service.worth(*routed), [0.5, 1.0])
+    np.testing.assert_allclose(service.weighted_worth(*routed), [0.2, 1.2])
+    tenfold = [task.model_copy(update={"weight": 10 * task.weight}) for task in service.fleet.tasks]
+    heavier = replace(service, fleet=service.fleet.model_copy(update={"tasks": tuple(tenfold)}))
+    np.testing.assert_allclose(heavier.values, service.values)
 
 
 def test_the_same_generator_gives_the_same_transitions() -> None:
@@ -128,7 +141,7 @@ def test_switching_rates_stay_in_the_papers_range_scaled_to_the_fleet() -> None:
     assert np.mean(requests.task == 1) == pytest.approx(0.75, abs=0.02)
 
 
-def test_an_evaluation_is_the_mean_worth_of_simulated_requests() -> None:
+def test_an_evaluation_is_the_mean_weighted_worth_of_simulated_requests() -> None:
     service = make_service(rate_scale=0.1)
     workloads = [
         switching_requests(service.fleet, 200, 20.0, rng) for rng in np.random.default_rng(1).spawn(3)
@@ -138,11 +151,12 @@ def test_an_evaluation_is_the_mean_worth_of_simulated_requests() -> None:
     )
     expected = [performance_of_good_model(service, workload) for workload in workloads]
     np.testing.assert_allclose(reached, expected)
-    assert 0 < min(expected) < max(expected) < 1
+    assert 0 < min(expected) < max(expected) < 1.2
 
 
 def performance_of_good_model(service: Service, workload: Requests) -> float:
     outcomes = simulate_choices(
         workload, service.fleet, service.latency, np.ones(len(workload), dtype=np.int64)
     )
-    return float(np.mean(outcomes.latency_ms_per_token <= 30))
+    weight = np.array([1.0, 3.0])[workload.task] / (0.25 * 1.0 + 0.75 * 3.0)
+    return float(np.mean(weight * (outcomes.latency_ms_per_token <= 30)))

@@ -52,17 +52,17 @@ def save_policy(path: Path, policy: TrainedPolicy, fleet: Fleet) -> None:
     files.write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_policy(path: Path, fleet: Fleet) -> TrainedPolicy:
-    """Read a policy and check that it was trained for this fleet.
+def load_policy(path: Path, fleet: Fleet, *, mend: str = _MEND) -> TrainedPolicy:
+    """Read a policy and check that it was trained for this fleet; messages end with `mend`.
 
     Raises:
         PolicyError: it is missing or malformed, of an unknown version, or for another fleet.
     """
-    metadata, tensors = _read(path)
+    metadata, tensors = _read(path, mend)
     if metadata.get("schema_version") != str(VERSION):
         raise PolicyError(
             f"{path}: schema version {metadata.get('schema_version')!r} is unknown; this "
-            f"besteffort reads version {VERSION}; {_MEND}"
+            f"besteffort reads version {VERSION}; {mend}"
         )
     try:
         trained_for = json.loads(metadata["contract"])
@@ -70,28 +70,28 @@ def load_policy(path: Path, fleet: Fleet) -> TrainedPolicy:
         facts = json.loads(metadata["provenance"])
         network = _network(tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise PolicyError(f"{path}: damaged: {error}; {_MEND}") from None
-    _check_contract(path, trained_for, contract(fleet))
+        raise PolicyError(f"{path}: damaged: {error}; {mend}") from None
+    _check_contract(path, trained_for, contract(fleet), mend)
     expected = (encoding.size, len(fleet.models))
     if (network.num_inputs, network.num_outputs) != expected:
         raise PolicyError(
             f"{path}: its network maps {network.num_inputs} inputs to {network.num_outputs} models, "
-            f"this fleet needs {expected[0]} to {expected[1]}; {_MEND}"
+            f"this fleet needs {expected[0]} to {expected[1]}; {mend}"
         )
     return TrainedPolicy(network, encoding, facts)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def _read(path: Path, mend: str) -> tuple[dict[str, str], dict[str, Any]]:
     if not path.is_file():
-        raise PolicyError(f"{path}: no such file; {_MEND}")
+        raise PolicyError(f"{path}: no such file; {mend}")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise PolicyError(f"{path}: not a safetensors file ({error}); {_MEND}") from None
+        raise PolicyError(f"{path}: not a safetensors file ({error}); {mend}") from None
     if metadata.get("kind") != "besteffort policy":
-        raise PolicyError(f"{path}: a safetensors file, but not a policy of besteffort; {_MEND}")
+        raise PolicyError(f"{path}: a safetensors file, but not a policy of besteffort; {mend}")
     return metadata, tensors
 
 
@@ -103,9 +103,9 @@ def _network(tensors: Mapping[str, Any]) -> QNetwork:
     )
 
 
-def _check_contract(path: Path, trained_for: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+def _check_contract(path: Path, trained_for: Mapping[str, Any], needed: Mapping[str, Any], mend: str) -> None:
     for what, value in needed.items():
         if trained_for.get(what) != value:
             raise PolicyError(
-                f"{path}: trained for {what} = {trained_for.get(what)}, but this fleet has {value}; {_MEND}"
+                f"{path}: trained for {what} = {trained_for.get(what)}, but this fleet has {value}; {mend}"
             )

@@ -193,12 +193,21 @@ def train(
     deadline_margin: Annotated[
         float, typer.Option(help="Share of each deadline kept back for what the simulator does not know.")
     ] = 0.0,
+    task_mix: Annotated[
+        str, typer.Option(metavar="MIX", help="fleet: the shares in fleet.toml. random: any mix of tasks.")
+    ] = "fleet",
+    trace: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Half of the training is on pieces of it; may be repeated."),
+    ] = None,
 ) -> None:
     """Fit a Q-network to the fleet in a simulator built on its profile and its rewards.
 
     \b
     Example:
       besteffort train artifacts/tiny-opt-cpu --rewards artifacts/titan-rtx-opt/rewards.parquet
+      besteffort train artifacts/my-fleet --trace traces/last-week.parquet --task-mix random
+      besteffort train artifacts/my-fleet --init artifacts/my-fleet/hard.safetensors -o soft.safetensors
     """
     from besteffort.cli.tables import print_gate
     from besteffort.stages.train import train
@@ -213,6 +222,8 @@ def train(
         output=output,
         force=force,
         deadline_margin=deadline_margin,
+        task_mix=task_mix,
+        traces=trace or (),
         show=print_gate,
         progress=ConsoleProgress(),
     )
@@ -326,7 +337,7 @@ def demo(
             "Profile": spec.profile,
             **({"Accuracies": spec.measured_rewards} if spec.measured_rewards.exists() else {}),
             "Policy": spec.policy,
-            "Training": fleet_dir / "train.png",
+            "Training": spec.policy.with_suffix(".png"),
             "Trace": spec.trace,
             "Replays": fleet_dir / "replays",
             "Look at": spec.comparison / "comparison.html",

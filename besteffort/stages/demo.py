@@ -1,5 +1,6 @@
 """The demo: every stage once on one fleet that is started once, and the policies side by side."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from besteffort.stages.profile import profile
 from besteffort.stages.replay import Replay, replay
 from besteffort.stages.score import score
 from besteffort.stages.train import train
+from besteffort.stages.training_setup import Setup
 from besteffort.trace import save_trace
 from besteffort.workload import generate_workload
 
@@ -138,29 +140,42 @@ def _score(demo: Demo, fleet: Fleet, attached: Urls, progress: Progress) -> None
 
 
 def _train(demo: Demo, fleet: Fleet, progress: Progress) -> None:
-    if not demo.fresh and _is_trained_on_these(demo, fleet):
-        progress.say(f"{demo.policy}: trained before on this profile and these rewards; used again")
+    if not demo.fresh and _is_trained_as_now(demo, fleet):
+        progress.say(f"{demo.policy}: trained before on these inputs and by this recipe; used again")
         return
+    setup = _training(demo)
     train(
         demo.fleet_dir,
-        recipe="demo",
-        seed=SEED,
-        profile=demo.profile,
-        rewards=demo.rewards,
+        recipe=setup.recipe,
+        seed=setup.seed,
+        profile=setup.profile,
+        rewards=setup.rewards,
         output=demo.policy,
-        deadline_margin=DEADLINE_MARGIN,
+        deadline_margin=setup.deadline_margin,
         force=True,  # a small training on a noisy profile may lose; the demo shows what it does
         progress=progress,
     )
 
 
-def _is_trained_on_these(demo: Demo, fleet: Fleet) -> bool:
+def _training(demo: Demo) -> Setup:
+    return Setup(
+        demo.fleet_dir,
+        recipe="demo",
+        seed=SEED,
+        profile=demo.profile,
+        rewards=demo.rewards,
+        deadline_margin=DEADLINE_MARGIN,
+    )
+
+
+def _is_trained_as_now(demo: Demo, fleet: Fleet) -> bool:
+    """On the same inputs, by the same recipe, seed, margin and version."""
     try:
         facts = load_policy(demo.policy, fleet).facts
     except InputError:
         return False
-    inputs = {"fleet": demo.fleet_dir / "fleet.toml", "profile": demo.profile, "rewards": demo.rewards}
-    return bool(facts.get("sha256") == {name: files.sha256(path) for name, path in inputs.items()})
+    identity = json.loads(json.dumps(_training(demo).identity()))
+    return all(facts.get(name) == value for name, value in identity.items())
 
 
 def _replay(demo: Demo, policy: str, attached: Urls, progress: Progress) -> dict[str, Any]:
