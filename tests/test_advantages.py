@@ -229,9 +229,12 @@ def test_offsets_that_were_added_to_a_network_come_off_it_again() -> None:
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_training_goes_on_from_a_policy_with_offsets_without_growing_or_getting_worse(kind: str) -> None:
-    hard = AdvantageTrainer(make_service(), replace(TINY, num_rounds=3, num_steps=100), 1).run(Silent()).best
+    trained = AdvantageTrainer(make_service(), replace(TINY, num_rounds=3, num_steps=100), 1).run(Silent())
+    hard = trained.best
     assert hard.weights[1].shape[0] > 8  # offsets were added
-    trainer = AdvantageTrainer(make_service(kind=kind), TINY.for_fine_tuning(), 2, init=hard)
+    trainer = AdvantageTrainer(
+        make_service(kind=kind), TINY.for_fine_tuning(), 2, init=(hard, trained.encoding)
+    )
     training = trainer.run(Silent())
     start = training.curve[0]
     assert start.iteration == 0
@@ -240,18 +243,33 @@ def test_a_training_goes_on_from_a_policy_with_offsets_without_growing_or_gettin
     assert trainer._evaluation.evaluate(training.best, 0).performance >= start.performance
 
 
+def test_a_training_that_goes_on_reads_the_world_as_the_policy_did_that_it_began_with() -> None:
+    """Whose scales may be others: those of a training with a margin, or of another `max_num_seqs`."""
+    service = make_service()
+    encoding = replace(fleet_encoding_for(service.fleet), spans_s=(0.1, 0.2, 0.3), in_flight_scale=(5.0, 6.0))
+    training = AdvantageTrainer(service, TINY, 0, init=(drawn_network(service, 4), encoding)).run(Silent())
+    assert training.encoding == encoding
+    policy = learned(TrainedPolicy(training.best, encoding, {}), "test")
+    requests = stable(service.fleet, np.random.default_rng(0), 20.0, num_requests=60)
+    outcomes = simulate(requests, service.fleet, service.latency, policy.choose)
+    sampler = Sampler(service, encoding, TINY)
+    branching = sampler.branching_on(requests)
+    branching.use(training.best)
+    np.testing.assert_array_equal(branching.serve()[1], outcomes.model)
+
+
 def test_searches_begin_at_the_offsets_of_the_policy_to_start_from() -> None:
     service, encoding = make_service(), fleet_encoding_for(make_service().fleet)
     room = Offsets(drawn_network(service, 4), encoding)
     offsets = np.random.default_rng(0).normal(size=room.size).astype(np.float32)
     recipe = replace(TINY, num_rounds=0, num_searches=1, num_generations=0)
-    trainer = AdvantageTrainer(service, recipe, 0, init=room.added(offsets))
+    trainer = AdvantageTrainer(service, recipe, 0, init=(room.added(offsets), encoding))
     np.testing.assert_array_equal(trainer.run(Silent()).offsets, offsets)
 
 
 def test_a_killed_fine_tuning_goes_on_and_keeps_what_the_start_reached(tmp_path: Path) -> None:
     service = make_service()
-    init = drawn_network(service, 4)
+    init = (drawn_network(service, 4), fleet_encoding_for(service.fleet))
     whole = AdvantageTrainer(service, TINY, 1, init=init).run(Silent())
     checkpoint = Checkpoint(tmp_path / "rounds.safetensors", {"seed": 1})
     with pytest.raises(KeyboardInterrupt):

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from besteffort import dqn
+from besteffort.advantages import fleet_encoding_for
 from besteffort.artifacts.files import provenance, sha256
-from besteffort.artifacts.policy_file import load_policy
+from besteffort.artifacts.policy_file import TrainedPolicy, load_policy, save_policy
 from besteffort.artifacts.profile_file import save_samples
 from besteffort.artifacts.rewards_file import read_given_rewards, save_rewards
 from besteffort.dqn import (
@@ -23,7 +24,7 @@ from besteffort.dqn import (
     double_q_targets,
     evaluation_workloads,
 )
-from besteffort.environment import Policy, Service, Transitions, evaluate
+from besteffort.environment import Policy, Service, Transitions, encoding_for, evaluate
 from besteffort.errors import GateError, PolicyError, UsageError
 from besteffort.fleet import load_fleet
 from besteffort.gate import Effort
@@ -357,6 +358,23 @@ def test_an_output_that_cannot_be_written_is_told_before_the_training(
 def test_a_policy_to_start_from_that_is_not_there_is_told_with_the_mend(fleet_dir: Path) -> None:
     with pytest.raises(PolicyError, match=r"nope: no such file; name another policy .* with --init"):
         train(fleet_dir, init=Path("nope"), progress=Silent())
+
+
+def test_a_policy_that_reads_another_state_than_the_recipe_is_no_start(
+    fleet_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
+    fleet, encoding = load_fleet(fleet_dir), encoding_for(load_fleet(fleet_dir))
+    path = tmp_path / "papers.safetensors"
+    network = export_network(make_network((encoding.size, 8, 8, 3), np.random.default_rng(0)))
+    save_policy(path, TrainedPolicy(network, encoding, {}), fleet)
+    with pytest.raises(PolicyError, match="trained on the paper's state"):
+        train(fleet_dir, init=path, progress=Silent())
+    encoding_of_fleet = fleet_encoding_for(fleet)
+    network = export_network(make_network((encoding_of_fleet.size, 8, 8, 3), np.random.default_rng(0)))
+    save_policy(path, TrainedPolicy(network, encoding_of_fleet, {}), fleet)
+    with pytest.raises(PolicyError, match="not trained on the paper's state"):
+        train(fleet_dir, recipe="tiny", init=path, progress=Silent())
 
 
 def test_what_training_draws_from_is_in_the_policys_provenance(

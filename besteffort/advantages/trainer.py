@@ -53,23 +53,24 @@ class AdvantageTrainer:
         recipe: AdvantageRecipe,
         seed: int,
         *,
-        init: QNetwork | None = None,
+        init: tuple[QNetwork, FleetEncoding] | None = None,
         checkpoint: Checkpoint | None = None,
         workloads: TrainingWorkloads | None = None,
     ) -> None:
-        self._recipe, self._seed, self._checkpoint, self._init = recipe, seed, checkpoint, init
+        self._recipe, self._seed, self._checkpoint = recipe, seed, checkpoint
+        self._init = init[0] if init else None
         self._workloads = workloads or TrainingWorkloads(service.fleet)
-        encoding = fleet_encoding_for(service.fleet)
+        encoding = init[1] if init else fleet_encoding_for(service.fleet)
         rng = np.random.default_rng([seed, 0])
-        if init is None:
+        if self._init is None:
             fitted = make_network((encoding.size, *recipe.hidden_sizes, encoding.num_models), rng)
             network = export_network(fitted)
         else:
-            network, _ = Offsets.split(init, encoding)
+            network, _ = Offsets.split(self._init, encoding)
         self._sampler = Sampler(service, encoding, recipe, self._workloads)
         self._fitter = Fitter(network, recipe, rng)
         self._kept: list[Measured] = []
-        self.training = AdvantageTraining(encoding, init or network)
+        self.training = AdvantageTraining(encoding, self._init or network)
         self.resumed = self._restore()
         chosen_on = [trace.chosen_on for trace in self._workloads.traces]
         self._evaluation = self._trials(chosen_on, recipe.evaluation_num_requests, [EVALUATION_SEED, 1])

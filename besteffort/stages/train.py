@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from besteffort.advantages import AdvantageRecipe, AdvantageTrainer, AdvantageTraining, fleet_encoding_for
+from besteffort.advantages import AdvantageRecipe, AdvantageTrainer, AdvantageTraining
 from besteffort.artifacts.files import provenance, write_atomically
 from besteffort.artifacts.policy_file import TrainedPolicy, save_policy
 from besteffort.artifacts.profile_file import load_latency
@@ -25,7 +25,7 @@ from besteffort.stages.training_setup import Setup
 from besteffort.trace import load_trace
 from besteffort.training.checkpoint import Checkpoint
 from besteffort.training.curve import plot_curve
-from besteffort.training.start import load_start, reading, reading_the_papers_state
+from besteffort.training.start import load_start, reading_the_fleets_state, reading_the_papers_state
 from besteffort.training.state import Training
 from besteffort.training.trace_parts import TrainingTrace
 from besteffort.training.workloads import TrainingWorkloads
@@ -160,9 +160,9 @@ def _trainer(
 ) -> Trainer | AdvantageTrainer:
     recipe, seed = setup.chosen, setup.seed
     if isinstance(recipe, AdvantageRecipe):
-        network = reading(start, fleet_encoding_for(service.fleet)) if start else None
+        seeing_more = reading_the_fleets_state(start) if start else None
         return AdvantageTrainer(
-            service, recipe, seed, init=network, checkpoint=checkpoint, workloads=workloads
+            service, recipe, seed, init=seeing_more, checkpoint=checkpoint, workloads=workloads
         )
     init = reading_the_papers_state(start) if start else None
     return Trainer(service, recipe, seed, init=init, checkpoint=checkpoint, workloads=workloads)

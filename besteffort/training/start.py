@@ -27,18 +27,18 @@ def load_start(path: Path, fleet: Fleet) -> TrainedPolicy:
             raise error from None
 
 
-def reading(start: TrainedPolicy, encoding: FleetEncoding) -> QNetwork:
-    """Its network, if that reads exactly what the default training has it read.
+def reading_the_fleets_state(start: TrainedPolicy) -> tuple[QNetwork, FleetEncoding]:
+    """Its network and normalisation, if it reads what the default training has it read.
 
     Raises:
-        PolicyError: it was trained on another state or scale, or has another form.
+        PolicyError: it reads another state, or has another form.
     """
     shapes = [weight.shape for weight in start.network.weights]
-    if start.encoding != encoding:
-        raise PolicyError(f"--init: trained on another state or scale than this recipe; {_MEND}")
+    if not isinstance(start.encoding, FleetEncoding):
+        raise PolicyError(f"--init: trained on the paper's state, which this recipe does not use; {_MEND}")
     if len(shapes) != 3 or shapes[1][0] != shapes[1][1]:
         raise PolicyError(f"--init: not a network with two hidden layers of one size; {_MEND}")
-    return start.network
+    return start.network, start.encoding
 
 
 def reading_the_papers_state(start: TrainedPolicy) -> tuple[QNetwork, Encoding]:
