@@ -1,7 +1,8 @@
 """`train`: a profile and rewards in, `policy.safetensors` and the plot of its evaluation curve out."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -78,9 +79,11 @@ def train(
     _check_writable(output)
     _check_writable(kept_at)
     identity = setup.identity()
-    training = _run(service, setup, start, workloads, Checkpoint(kept_at, identity), progress)
-    policy = TrainedPolicy(training.best, training.encoding, {})
-    rows = _compare(policy, service, setup, workloads, output.stem, gate, progress)
+    checkpoint = Checkpoint(kept_at, identity)
+    with _saying_how_to_go_on(checkpoint, progress):
+        training = _run(service, setup, start, workloads, checkpoint, progress)
+        policy = TrainedPolicy(training.best, training.encoding, {})
+        rows = _compare(policy, service, setup, workloads, output.stem, gate, progress)
     if show:
         show(rows)
     comparison = [row.to_dict() for row in rows]
@@ -141,8 +144,13 @@ def _run(
     )
     if trainer.resumed:
         progress.say(f"going on from iteration {trainer.training.iteration} of {checkpoint.path}")
+    return trainer.run(progress)
+
+
+@contextmanager
+def _saying_how_to_go_on(checkpoint: Checkpoint, progress: Progress) -> Iterator[None]:
     try:
-        return trainer.run(progress)
+        yield
     except KeyboardInterrupt:
         if checkpoint.load() is not None:
             progress.say(f"interrupted; the same command goes on from {checkpoint.path}")
