@@ -13,10 +13,10 @@ from besteffort.engines.child import free_port
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
-from besteffort.router import Dispatcher, build_app
+from besteffort.router import Dispatcher
 from besteffort.router.addressing import UnknownAddressError, model_ids, read_address
-from besteffort.router.token_count import TokenCount
 from tests.fake_engine import FakeEngine, serving, wait_for
+from tests.routing import routing
 
 
 @dataclass
@@ -56,7 +56,7 @@ def served(fleet: Fleet) -> Iterator[Served]:
             (Engine(urls[2], "name-of-large-upstream"),),
         )
         dispatcher = Dispatcher(fleet, RoundRobin(), engines)
-        url = stack.enter_context(serving(build_app(dispatcher)))
+        url = stack.enter_context(routing(dispatcher))
         yield Served(url, dispatcher, fakes)
 
 
@@ -185,7 +185,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(served: Served) -> No
 def test_an_engine_that_nobody_serves_gives_a_502_and_no_count_is_left(fleet: Fleet) -> None:
     dead = Engine(f"http://127.0.0.1:{free_port()}", "small")
     dispatcher = Dispatcher(fleet, RoundRobin(), ((dead, dead), (dead,)))
-    with serving(build_app(dispatcher)) as url:
+    with routing(dispatcher) as url:
         status, _, answer = Served(url, dispatcher, []).post({"model": "besteffort", "prompt": "x"})
         assert (status, json.loads(answer)["error"]["type"]) == (502, "server_error")
         wait_for(lambda: dispatcher.in_flight == [[0, 0], [0]])
@@ -207,22 +207,3 @@ def test_an_address_is_read_from_header_and_model(fleet: Fleet) -> None:
     assert read_address(fleet, "piqa", "large").pinned == 1
     with pytest.raises(UnknownAddressError, match="copa, piqa"):
         read_address(fleet, "chess", None)
-
-
-@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
-def test_tokens_of_a_stream_are_counted_however_its_bytes_are_cut(size: int) -> None:
-    events = [b'data: {"choices":[{"index":0,"text":"a"}]}\n\n'] * 5
-    usage = b'data: {"choices":[],"usage":{"completion_tokens":5}}\n\n'
-    stream = b"".join([*events, usage, b"data: [DONE]\n\n"])
-    count = TokenCount(stream=True, chat=False)
-    for begin in range(0, len(stream), size):
-        count.feed(stream[begin : begin + size])
-    assert count.total == 5
-
-
-def test_tokens_of_a_plain_answer_are_those_of_its_usage() -> None:
-    count = TokenCount(stream=False, chat=True)
-    count.feed(b'{"usage": {"completion')
-    count.feed(b'_tokens": 12}}')
-    assert count.total == 12
-    assert TokenCount(stream=False, chat=False).total == 0

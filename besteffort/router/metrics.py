@@ -1,11 +1,14 @@
 """The router's own figures, for Prometheus."""
 
+from typing import TypeVar, cast
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from besteffort.deadline import deadline_weight
 from besteffort.router.dispatcher import Dispatcher, Route
+
+_M = TypeVar("_M", Counter, Histogram)
 
 _LATENCY_BUCKETS_MS = (2, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 400, 800, 1600)
 _TTFT_BUCKETS_MS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240)
@@ -15,6 +18,7 @@ _DECISION_BUCKETS_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
 class Metrics:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
+        self._children: dict[tuple[object, ...], Counter | Histogram] = {}
         self._registry = CollectorRegistry()
         self._registry.register(_State(dispatcher))
         labels = ["task", "model"]
@@ -39,7 +43,7 @@ class Metrics:
         )
         self._ttft = Histogram(
             "besteffort_ttft_ms",
-            "Time from arrival at the router to the first byte of the answer.",
+            "Time from arrival at the router to the first byte of a streamed answer.",
             labels,
             buckets=_TTFT_BUCKETS_MS,
             registry=self._registry,
@@ -52,21 +56,30 @@ class Metrics:
         )
 
     def ended(self, route: Route, outcome: str) -> None:
-        self._requests.labels(*self._names(route), outcome).inc()
+        self._child(self._requests, route, outcome).inc()
         self._decision.observe(route.decision_s)
 
-    def answered(self, route: Route, first_byte_at: float, last_byte_at: float, num_tokens: int) -> None:
-        """An answer with a token count; instants by the dispatcher's clock."""
-        task = self._dispatcher.fleet.tasks[route.task]
-        latency = 1000.0 * (last_byte_at - route.arrived_at) / num_tokens
-        met = float(deadline_weight(latency, task.deadline_ms_per_token, "hard")) == 1.0
-        self._latency.labels(*self._names(route)).observe(latency)
-        self._ttft.labels(*self._names(route)).observe(1000.0 * (first_byte_at - route.arrived_at))
-        self._deadlines.labels(*self._names(route), "yes" if met else "no").inc()
+    def began(self, route: Route, first_byte_at: float) -> None:
+        """A stream; of a plain answer the first byte says nothing about the first token."""
+        self._child(self._ttft, route).observe(1000.0 * (first_byte_at - route.arrived_at))
 
-    def _names(self, route: Route) -> tuple[str, str]:
-        fleet = self._dispatcher.fleet
-        return fleet.task_names[route.task], fleet.model_names[route.model]
+    def answered(
+        self, route: Route, last_byte_at: float, num_tokens: int, deadline_ms_per_token: float
+    ) -> None:
+        """An answer with a token count; instants by the dispatcher's clock."""
+        latency = 1000.0 * (last_byte_at - route.arrived_at) / num_tokens
+        self._child(self._latency, route).observe(latency)
+        self._child(self._deadlines, route, "yes" if latency <= deadline_ms_per_token else "no").inc()
+
+    def _child(self, metric: _M, route: Route, *labels: str) -> _M:
+        """Looking one up among prometheus_client's own costs more than counting with it."""
+        key = (metric, route.task, route.model, *labels)
+        child = self._children.get(key)
+        if child is None:
+            fleet = self._dispatcher.fleet
+            names = fleet.task_names[route.task], fleet.model_names[route.model]
+            child = self._children[key] = metric.labels(*names, *labels)
+        return cast(_M, child)
 
     def render(self) -> bytes:
         """The text exposition format."""
