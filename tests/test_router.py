@@ -14,7 +14,7 @@ from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
 from besteffort.router import Dispatcher
-from besteffort.router.addressing import UnknownAddressError, model_ids, read_address
+from besteffort.router.addressing import Addresses, UnknownAddressError, model_ids
 from tests.fake_engine import FakeEngine, serving, wait_for
 from tests.routing import routing
 
@@ -202,8 +202,9 @@ def test_metrics_count_requests_and_their_deadlines(served: Served) -> None:
 
 
 def test_an_address_is_read_from_header_and_model(fleet: Fleet) -> None:
-    assert read_address(fleet, None, None).task == 0
-    assert read_address(fleet, None, "besteffort/piqa").task == 1
-    assert read_address(fleet, "piqa", "large").pinned == 1
+    addresses = Addresses(fleet)
+    assert addresses.read(None, None).task == 0
+    assert addresses.read(None, "besteffort/piqa").task == 1
+    assert addresses.read("piqa", "large").pinned == 1
     with pytest.raises(UnknownAddressError, match="copa, piqa"):
-        read_address(fleet, "chess", None)
+        addresses.read("chess", None)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from besteffort.engines.running import Engine
-from besteffort.router.addressing import TASK_HEADER, Address, UnknownAddressError, read_address
+from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
 from besteffort.router.dispatcher import Dispatcher, Route
 from besteffort.router.limits import Limits
 from besteffort.router.message import Header, Job, Refusal, Reply, Request, Responder, date_line, header_lines
@@ -37,7 +37,7 @@ _NOT_PASSED_OUT = frozenset(
 _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout", "stall"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
     """What a request asks for, as far as routing and accounting go."""
 
@@ -65,6 +65,7 @@ class Proxy:
         self.num_in_flight = 0
         self.forward_authorization = forward_authorization
         self.receipts = Receipts(dispatcher)
+        self._addresses = Addresses(dispatcher.fleet)
         loop = asyncio.get_running_loop()
         engines = {engine for of_model in dispatcher.engines for engine in of_model}
         self._upstreams = {engine: Upstream(engine.url, limits, watch, loop) for engine in engines}
@@ -103,16 +104,17 @@ class Proxy:
         media_type = headers.get(b"content-type")
         if media_type is not None and media_type.partition(b";")[0].strip().lower() != b"application/json":
             raise Refusal(error_reply(415, "The body must be application/json", "unsupported_media_type"))
-        fleet = self.dispatcher.fleet
         task = headers.get(_TASK)
         try:
             body = RequestBody(request.body)
-            address = read_address(fleet, None if task is None else task.decode("latin-1"), body.model)
+            address = self._addresses.read(None if task is None else task.decode("latin-1"), body.model)
         except ValueError:
             raise Refusal(error_reply(400, "The body is not a JSON object", "invalid_json")) from None
         except UnknownAddressError as error:
             raise Refusal(error_reply(404, str(error), "model_not_found", error.param)) from None
-        deadline = _deadline(headers.get(_DEADLINE), fleet.tasks[address.task].deadline_ms_per_token)
+        deadline = _deadline(
+            headers.get(_DEADLINE), self.dispatcher.fleet.tasks[address.task].deadline_ms_per_token
+        )
         return Asked(address, deadline, body, request_id)
 
 
@@ -150,11 +152,11 @@ class Exchange:
         self._responder = responder
         self._routing: AbstractContextManager[Route]
         self._route: Route
-        self._call: Call
+        self._call: Call | None = None
         self._tokens: TokenCount | None = None
         self._status = 0
         self._streams = False
-        self._begun = self._ended = False
+        self._begun = False
         self._first_byte_at = self._last_byte_at = 0.0
 
     def start(self) -> None:
@@ -168,15 +170,17 @@ class Exchange:
     # What the client's connection says: see `Job`.
 
     def cancel(self) -> None:
-        if not self._ended:
+        if self._call is not None:
             self._call.cancel()
             self._end("cancelled")
 
     def pause(self) -> None:
-        self._call.pause()
+        if self._call is not None:
+            self._call.pause()
 
     def resume(self) -> None:
-        self._call.resume()
+        if self._call is not None:
+            self._call.resume()
 
     # What the engine's connection says: see `Sink`.
 
@@ -184,21 +188,12 @@ class Exchange:
         self._begun = True
         self._status = status
         self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
-        dropped = _NOT_PASSED_OUT
-        passed = b""
-        for name, value in headers:
-            if name == b"connection":
-                dropped = dropped.union(word.strip().lower() for word in value.split(b","))
-            elif name == b"content-type":
-                self._streams = value.startswith(b"text/event-stream")
-        passed = header_lines([header for header in headers if header[0] not in dropped])
-        if not any(name == b"date" for name, _ in headers):
-            passed += date_line()
+        lines, self._streams = _passed_out(headers)
         if status < 400:
             self._tokens = StreamCount() if self._streams else PlainCount()
         receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
-        lines = b"%b%bx-request-id: %b\r\n" % (passed, receipt, self._asked.request_id)
-        self._responder.begin(status, lines, length)
+        lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
+        self._responder.begin(status, b"".join(lines), length)
 
     def on_body(self, data: bytes) -> None:
         if self._tokens is not None:
@@ -231,8 +226,8 @@ class Exchange:
 
     def _end(self, outcome: str) -> None:
         """Everything that was counted for this request is taken back here, once."""
-        assert not self._ended, "a request ends once"
-        self._ended = True
+        assert self._call is not None, "a request ends once"
+        self._call = None  # and nothing is left that refers to itself
         self._proxy.num_in_flight -= 1
         self._routing.__exit__(None, None, None)
         metrics = self._proxy.metrics
@@ -263,6 +258,25 @@ class Exchange:
             header_lines(passed),
         )
         return [head, body]
+
+
+def _passed_out(headers: Sequence[Header]) -> tuple[list[bytes], bool]:
+    """The lines of an answer's head that go to the client, and whether the answer is a stream."""
+    dropped, lines, streams, dated = _NOT_PASSED_OUT, [], False, False
+    for name, value in headers:
+        if name == b"connection":
+            dropped = dropped.union(word.strip().lower() for word in value.split(b","))
+    for name, value in headers:
+        if name in dropped:
+            continue
+        lines.append(b"%b: %b\r\n" % (name, value))
+        if name == b"content-type":
+            streams = value.startswith(b"text/event-stream")
+        elif name == b"date":
+            dated = True
+    if not dated:
+        lines.append(date_line())
+    return lines, streams
 
 
 def _deadline(given: bytes | None, of_task: float) -> float:

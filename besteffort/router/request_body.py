@@ -29,7 +29,7 @@ class RequestBody:
     def model(self) -> Any:
         """None if it is missing."""
         raw = self._fields.get("model")
-        return None if raw is None else json.loads(bytes(raw))
+        return None if raw is None else msgspec.json.decode(raw)
 
     def for_engine(self, served_name: str) -> bytes:
         fields = self._fields
@@ -45,4 +45,7 @@ def _read_leniently(text: str) -> dict[str, msgspec.Raw]:
         raise ValueError("nested too deep") from None
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    return {key: msgspec.Raw(json.dumps(part).encode()) for key, part in value.items()}
+    fields = {key: msgspec.Raw(json.dumps(part).encode()) for key, part in value.items()}
+    if isinstance(value.get("model"), float):  # perhaps NaN
+        raise ValueError("a number as its model")
+    return fields

@@ -25,6 +25,7 @@ class ResponseReader:
 
     def __init__(self, max_head: int) -> None:
         self._max_head = max_head
+        self._taker: Taker | None = None
         self._parser = httptools.HttpResponseParser(self)
         self.complete = self.reusable = self.has_begun = True
 
@@ -38,6 +39,10 @@ class ResponseReader:
         self._bodiless = False
         self._headers: list[Header] = []
         self._num_head = 0
+
+    def rest(self) -> None:
+        """Let go of the taker: its answer is whole."""
+        self._taker = None
 
     @property
     def ends_with_connection(self) -> bool:
@@ -94,10 +99,12 @@ class ResponseReader:
             return
         self.has_begun = True
         self._bodiless = status in (204, 304)
+        assert self._taker is not None, "an answer is somebody's"
         self._taker.on_head(status, self._headers, self._length)
 
     def on_body(self, data: bytes) -> None:
         self._silent = 0
+        assert self._taker is not None, "an answer is somebody's"
         self._taker.on_body(data)
 
     def on_message_complete(self) -> None:

@@ -1,6 +1,7 @@
 """The router while it runs: its event loop, its server, and how it is told to stop."""
 
 import asyncio
+import gc
 import signal
 import socket
 import ssl
@@ -62,5 +63,8 @@ def run_router(dispatcher: Dispatcher, settings: Settings, listener: socket.sock
         async with running_router(dispatcher, settings, listener):
             await stop.wait()
 
+    # What is here by now stays: a collection that walks all of it would hold up every request.
+    gc.collect()
+    gc.freeze()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve())

@@ -236,6 +236,7 @@ class UpstreamConnection(asyncio.Protocol):
             self.due_at = self._upstream.loop.time() + self._upstream.limits.keep_alive_s
             if call.paused:
                 self._transport.resume_reading()
+            self._reader.rest()
             idle.append(self)
         else:
             self.close()
