@@ -83,7 +83,8 @@ class App:
         return endpoint.handle(request, responder)
 
     def close(self) -> None:
-        self.proxy.close()
+        for upstream in self.proxy.upstreams:
+            upstream.close()
 
     def _find(self, target: bytes) -> Endpoint | None:
         endpoint = self._endpoints.get(target)

@@ -3,11 +3,14 @@
 import asyncio
 import logging
 import math
+import socket
+import struct
 from collections import deque
 from typing import Protocol, cast
 
 from besteffort.router.limits import Limits
 from besteffort.router.message import (
+    SMALL,
     Handler,
     Job,
     Refusal,
@@ -24,7 +27,6 @@ from besteffort.router.watch import Watch
 log = logging.getLogger(__name__)
 
 _LINGER_S = 2.0  # how long a refused client may go on sending, so that it gets to read why
-_SMALL = 65_536  # up to this, copying costs less than a second system call
 _MAX_UNREAD = 65_536  # of requests that came before their turn
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -255,7 +257,7 @@ class ClientConnection(asyncio.Protocol):
         if not out:
             return
         self._out = []
-        if sum(map(len, out)) <= _SMALL:
+        if sum(map(len, out)) <= SMALL:
             self._transport.write(b"".join(out))
         else:
             self._transport.writelines(out)
@@ -269,6 +271,9 @@ class ClientConnection(asyncio.Protocol):
     def break_off(self) -> None:
         self._job = None
         self._closing = True
+        # A reset, since an ordinary end would be the end of a body that has no length.
+        own_socket = self._transport.get_extra_info("socket")
+        own_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._transport.abort()
 
     # Ends.

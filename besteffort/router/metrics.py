@@ -23,7 +23,7 @@ class Metrics(Collector):
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         # By task, model and outcome, or whether the deadline was met.
-        self._requests: Counter[tuple[int, int, str]] = Counter()
+        self.requests: Counter[tuple[int, int, str]] = Counter()
         self._deadlines: Counter[tuple[int, int, str]] = Counter()
         # By task and model.
         self._latency = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_LATENCY_BUCKETS_MS))
@@ -33,7 +33,7 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def ended(self, route: Route, outcome: str) -> None:
-        self._requests[route.task, route.model, outcome] += 1
+        self.requests[route.task, route.model, outcome] += 1
         self._decision.observe(route.decision_s)
 
     def began(self, route: Route, first_byte_at: float) -> None:
@@ -58,7 +58,7 @@ class Metrics(Collector):
             "besteffort_requests",
             "Requests that ended, by outcome: ok, refused, failed, cancelled.",
             "outcome",
-            self._requests,
+            self.requests,
         )
         yield self._counter(
             "besteffort_deadlines",

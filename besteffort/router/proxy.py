@@ -88,9 +88,9 @@ class Proxy:
     def upstream_of(self, engine: Engine) -> Upstream:
         return self._upstreams[engine]
 
-    def close(self) -> None:
-        for upstream in self._upstreams.values():
-            upstream.close()
+    @property
+    def upstreams(self) -> list[Upstream]:
+        return list(self._upstreams.values())
 
     def _request_id(self, request: Request) -> bytes:
         given = request.headers.get(b"x-request-id")

@@ -8,6 +8,7 @@ import httptools
 from besteffort.router.message import Header
 
 _CHUNKED = b"chunked"
+_MAX_INTERIM = 16
 
 
 class BadResponseError(Exception):
@@ -34,6 +35,7 @@ class ResponseReader:
         self._silent = 0
         self.complete = self.has_begun = self.reusable = False
         self._interim = False
+        self._num_interim = 0
         self._length: int | None = None
         self._chunked = False
         self._bodiless = False
@@ -94,6 +96,9 @@ class ResponseReader:
         if status < 200:
             if status == 101 or status < 100:
                 raise BadResponseError(f"status {status}")
+            self._num_interim += 1
+            if self._num_interim > _MAX_INTERIM:
+                raise BadResponseError("too many interim answers")
             self._interim = True
             self._headers = []
             return

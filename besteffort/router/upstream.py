@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 from besteffort.router.limits import Limits
-from besteffort.router.message import Header
+from besteffort.router.message import SMALL, Header
 from besteffort.router.response_reader import BadResponseError, ResponseReader
 from besteffort.router.watch import Watch
 
@@ -134,6 +134,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.is_open = False
         self.due_at = math.inf
 
+    @property
+    def is_idle(self) -> bool:
+        return self._call is None
+
     def take(self, call: Call, *, reused: bool) -> None:
         """Send a call's request; this connection is its own until the answer is whole."""
         if not self.is_open:  # closed between being made and being taken
@@ -145,7 +149,10 @@ class UpstreamConnection(asyncio.Protocol):
         call.connection = self
         self._reader.expect(call.sink)
         self.due_at = min(self._upstream.loop.time() + self._upstream.limits.first_byte_s, call.total_due_at)
-        self._transport.writelines(call.request)
+        if sum(map(len, call.request)) <= SMALL:
+            self._transport.write(b"".join(call.request))
+        else:
+            self._transport.writelines(call.request)
 
     def close(self) -> None:
         self._call = None
