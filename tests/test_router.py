@@ -201,6 +201,45 @@ def test_metrics_count_requests_and_their_deadlines(served: Served) -> None:
     assert 'besteffort_in_flight{model="large",replica="0"} 0.0' in text
 
 
+def test_only_streams_tell_a_time_to_the_first_token(served: Served) -> None:
+    served.post({"model": "large", "prompt": "x", "max_tokens": 4})
+    wait_for(
+        lambda: 'besteffort_latency_ms_per_token_count{model="large",task="copa"} 1.0' in served.metrics()
+    )
+    assert "besteffort_ttft_ms_count{" not in served.metrics()
+    served.post({"model": "large", "prompt": "x", "max_tokens": 4, "stream": True})
+    wait_for(lambda: 'besteffort_ttft_ms_count{model="large",task="copa"} 1.0' in served.metrics())
+
+
+def test_a_deadline_of_the_request_s_own_goes_before_the_task_s(served: Served) -> None:
+    body = {"model": "large", "prompt": "x", "max_tokens": 4}
+    _, headers, _ = served.post(body)
+    assert headers["x-besteffort-deadline-ms-per-token"] == "40"
+    _, headers, _ = served.post(body, {"x-besteffort-deadline-ms-per-token": "0.001"})
+    assert headers["x-besteffort-deadline-ms-per-token"] == "0.001"
+    wait_for(lambda: 'besteffort_deadlines_total{met="no",model="large",task="copa"} 1.0' in served.metrics())
+    assert 'besteffort_deadlines_total{met="yes",model="large",task="copa"} 1.0' in served.metrics()
+
+
+@pytest.mark.parametrize("given", ["", "0", "-1", "nan", "inf", "1e9", "40 ms", "4_0x"])
+def test_a_deadline_that_is_none_is_refused(served: Served, given: str) -> None:
+    status, _, answer = served.post({"prompt": "x"}, {"x-besteffort-deadline-ms-per-token": given})
+    error = json.loads(answer)["error"]
+    assert (status, error["param"]) == (400, "x-besteffort-deadline-ms-per-token")
+
+
+def test_a_body_that_says_it_is_no_json_gets_a_415(served: Served) -> None:
+    status, _, _ = served.post({"prompt": "x"}, {"content-type": "text/plain"})
+    assert status == 415
+
+
+def test_one_model_can_be_looked_up(served: Served) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        assert client.models.retrieve("besteffort/copa").id == "besteffort/copa"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("gpt-4")
+
+
 def test_an_address_is_read_from_header_and_model(fleet: Fleet) -> None:
     addresses = Addresses(fleet)
     assert addresses.read(None, None).task == 0
