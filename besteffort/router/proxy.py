@@ -145,6 +145,11 @@ class Receipts:
 class Exchange:
     """A request at an engine, and the answer on its way to the client."""
 
+    __slots__ = (
+        "_asked", "_begun", "_call", "_first_byte_at", "_last_byte_at", "_proxy", "_request",
+        "_responder", "_route", "_routing", "_status", "_streams", "_tokens",
+    )  # fmt: skip
+
     def __init__(self, proxy: Proxy, request: Request, asked: Asked, responder: Responder) -> None:
         self._proxy = proxy
         self._request = request

@@ -73,6 +73,8 @@ class Upstream:
 class Call:
     """One request at an engine, until its answer is whole, or it failed, or nobody wants it any more."""
 
+    __slots__ = ("_connecting", "_upstream", "connection", "paused", "request", "sink", "total_due_at")
+
     def __init__(self, upstream: Upstream, request: Sequence[bytes], sink: Sink) -> None:
         self._upstream = upstream
         self.request = request
