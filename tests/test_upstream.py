@@ -14,7 +14,7 @@ import pytest
 from besteffort.engines.child import free_port
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
-from besteffort.policies import RoundRobin
+from besteffort.policies import RoundRobin, Static
 from besteffort.router import Dispatcher
 from tests.fake_engine import plain_answer, wait_for
 from tests.routing import completion, door, limited, read_response, routing
@@ -219,6 +219,52 @@ def test_a_port_where_nobody_listens_gives_a_502_at_once(fleet: Fleet) -> None:
             client.sendall(_REQUEST)
             assert read_response(client)[0].status == 502
     assert dispatcher.in_flight == [[0, 0], [0]]
+
+
+def test_a_request_that_nobody_began_to_answer_goes_to_another_replica_and_then_to_another_model(
+    fleet: Fleet,
+) -> None:
+    dead = [Engine(f"http://127.0.0.1:{free_port()}", "x") for _ in range(2)]
+    with door(fleet, lambda connection, _: connection.sendall(plain_answer())) as one:
+        alive = one.dispatcher.engines[1][0]
+        for small in ((dead[0], alive), (dead[0], dead[1])):
+            dispatcher = Dispatcher(fleet, Static(0, "static:small"), (small, (alive,)))
+            with (
+                routing(dispatcher) as url,
+                socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as client,
+            ):
+                client.sendall(completion(b"{}"))
+                response, _ = read_response(client)
+                assert response.status == 200
+                expected = ("small", "1") if alive in small else ("large", "0")
+                told = response.headers
+                assert (told["x-besteffort-model"], told["x-besteffort-replica"]) == expected
+                client.sendall(b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n")
+                _, text = read_response(client)
+                assert b'besteffort_retries_total{model="small",replica="0",task="copa"} 1.0' in text
+            assert dispatcher.in_flight == [[0, 0], [0]]
+
+
+def test_a_request_is_not_tried_for_ever(fleet: Fleet) -> None:
+    with door(fleet, sends(b"garbage\r\n\r\n")) as one:
+        assert one.ask(completion(b"{}"))[0].status == 502
+        assert len(one.engine.requests) == 3
+        one.settled()
+
+
+def test_a_request_that_took_an_engine_too_long_is_not_put_on_the_next(fleet: Fleet) -> None:
+    with door(fleet, sends(b"", stay), limited(first_byte_s=0.2)) as one:
+        assert one.ask(completion(b"{}"))[0].status == 504
+        assert len(one.engine.requests) == 1
+
+
+def test_where_every_replica_is_down_clients_are_told_to_come_again(fleet: Fleet) -> None:
+    with door(fleet, sends(b"")) as one:
+        for model, replica in ((0, 0), (0, 1), (1, 0)):
+            one.dispatcher.set_available(model, replica, False)
+        response, body = one.ask(_REQUEST)
+        assert (response.status, json.loads(body)["error"]["code"]) == (503, "no_replica")
+        assert response.headers["retry-after"] == "1"
 
 
 def test_connections_are_used_again(fleet: Fleet) -> None:

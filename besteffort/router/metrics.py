@@ -22,9 +22,10 @@ _DECISION_BUCKETS_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
 class Metrics(Collector):
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        # By task, model and outcome, or whether the deadline was met.
+        # By task, model and outcome, whether the deadline was met, or replica.
         self.requests: Counter[tuple[int, int, str]] = Counter()
         self._deadlines: Counter[tuple[int, int, str]] = Counter()
+        self._retries: Counter[tuple[int, int, str]] = Counter()
         # By task and model.
         self._latency = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_LATENCY_BUCKETS_MS))
         self._ttft = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_TTFT_BUCKETS_MS))
@@ -35,6 +36,9 @@ class Metrics(Collector):
     def ended(self, route: Route, outcome: str) -> None:
         self.requests[route.task, route.model, outcome] += 1
         self._decision.observe(route.decision_s)
+
+    def retried(self, failed: Route) -> None:
+        self._retries[failed.task, failed.model, str(failed.replica)] += 1
 
     def began(self, route: Route, first_byte_at: float) -> None:
         """A stream; of a plain answer the first byte says nothing about the first token."""
@@ -65,6 +69,12 @@ class Metrics(Collector):
             "Answered requests by whether their deadline was met.",
             "met",
             self._deadlines,
+        )
+        yield self._counter(
+            "besteffort_retries",
+            "Requests that another replica took over, by the one that failed.",
+            "replica",
+            self._retries,
         )
         yield self._histogram(
             "besteffort_latency_ms_per_token",

@@ -6,12 +6,11 @@ import math
 import re
 import secrets
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from besteffort.engines.running import Engine
 from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
-from besteffort.router.dispatcher import Dispatcher, Route
+from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
 from besteffort.router.limits import Limits
 from besteffort.router.message import Header, Job, Refusal, Reply, Request, Responder, date_line, header_lines
 from besteffort.router.metrics import Metrics
@@ -34,6 +33,9 @@ _NOT_PASSED_OUT = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     b"transfer-encoding upgrade content-length server x-request-id".split()
 )
+# An engine that took long to begin is not asked twice: the next one would be, by as many again.
+_RETRIED = frozenset(("connect", "connect_timeout", "broke_off", "garbage"))
+_MAX_TRIES = 3
 _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout", "stall"))
 
 
@@ -79,10 +81,14 @@ class Proxy:
             if self.num_in_flight >= self.limits.max_in_flight:
                 raise Refusal(error_reply(429, "Too many requests", "overloaded", retry_after_s=1))
             exchange = Exchange(self, request, self._read(request, request_id), responder)
-        except Refusal as refusal:
-            responder.reply(_identified(refusal.reply, request_id))
+            exchange.start()
+        except NoReplicaError as error:
+            refusal = error_reply(503, str(error), "no_replica", retry_after_s=1)
+            responder.reply(_identified(refusal, request_id))
             return None
-        exchange.start()
+        except Refusal as refused:
+            responder.reply(_identified(refused.reply, request_id))
+            return None
         return exchange
 
     def upstream_of(self, engine: Engine) -> Upstream:
@@ -147,7 +153,7 @@ class Exchange:
 
     __slots__ = (
         "_asked", "_begun", "_call", "_first_byte_at", "_last_byte_at", "_proxy", "_request",
-        "_responder", "_route", "_routing", "_status", "_streams", "_tokens",
+        "_responder", "_route", "_status", "_streams", "_tokens", "_tried",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, request: Request, asked: Asked, responder: Responder) -> None:
@@ -155,21 +161,24 @@ class Exchange:
         self._request = request
         self._asked = asked
         self._responder = responder
-        self._routing: AbstractContextManager[Route]
         self._route: Route
         self._call: Call | None = None
         self._tokens: TokenCount | None = None
+        self._tried: list[tuple[int, int]] = []  # models and replicas that failed
         self._status = 0
         self._streams = False
         self._begun = False
         self._first_byte_at = self._last_byte_at = 0.0
 
     def start(self) -> None:
+        """Raises NoReplicaError."""
         proxy = self._proxy
-        self._routing = proxy.dispatcher.route(self._asked.address.task, self._asked.address.pinned)
-        self._route = self._routing.__enter__()
+        self._route = proxy.dispatcher.begin(self._asked.address.task, self._asked.address.pinned)
         proxy.num_in_flight += 1
-        upstream = proxy.upstream_of(self._route.engine)
+        self._send()
+
+    def _send(self) -> None:
+        upstream = self._proxy.upstream_of(self._route.engine)
         self._call = upstream.send(self._rewritten(upstream), self)
 
     # What the client's connection says: see `Job`.
@@ -216,6 +225,8 @@ class Exchange:
         self._responder.end()
 
     def on_fault(self, fault: Fault) -> None:
+        if not self._begun and fault.kind in _RETRIED and self._try_another():
+            return
         self._end("failed")
         fleet = self._proxy.dispatcher.fleet
         name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
@@ -229,12 +240,27 @@ class Exchange:
         else:
             self._responder.break_off()  # half an answer must not look whole
 
+    def _try_another(self) -> bool:
+        """Nothing of an answer has come, so that another replica may give it."""
+        dispatcher, failed = self._proxy.dispatcher, self._route
+        self._tried.append((failed.model, failed.replica))
+        if len(self._tried) >= _MAX_TRIES:
+            return False
+        try:
+            self._route = dispatcher.begin_again(failed, self._tried)
+        except NoReplicaError:
+            return False
+        dispatcher.end(failed)
+        self._proxy.metrics.retried(failed)
+        self._send()
+        return True
+
     def _end(self, outcome: str) -> None:
         """Everything that was counted for this request is taken back here, once."""
         assert self._call is not None, "a request ends once"
         self._call = None  # and nothing is left that refers to itself
         self._proxy.num_in_flight -= 1
-        self._routing.__exit__(None, None, None)
+        self._proxy.dispatcher.end(self._route)
         metrics = self._proxy.metrics
         metrics.ended(self._route, outcome)
         num_tokens = 0 if self._tokens is None else self._tokens.total
