@@ -54,7 +54,7 @@ def tiny_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyEngin
         yield TinyEngines(fleet_dir, fleet, engines)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fleet() -> Fleet:
     """Two models and two tasks; nobody starts it."""
     return Fleet.model_validate(

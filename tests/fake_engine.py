@@ -1,10 +1,13 @@
 """An engine that misbehaves on request, for what vLLM cannot be made to do, and a thread to serve it."""
 
 import asyncio
+import contextlib
 import json
+import re
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,3 +87,64 @@ def wait_for(condition: Any, timeout_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < give_up_at, "it never came about"
         time.sleep(0.01)
+
+
+Script = Callable[[socket.socket, int], None]
+
+
+class RawEngine:
+    """Reads whole requests off raw sockets and leaves the answer to a script, byte by byte.
+
+    The script gets the socket and how many requests came before, and may do whatever a server must not.
+    """
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.requests: list[bytes] = []
+        self.num_connections = 0
+        self.num_left = 0  # connections that the router ended
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.num_connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while request := read_message(connection):
+                self.requests.append(request)
+                self.script(connection, len(self.requests) - 1)
+        self.num_left += 1
+
+
+def read_message(connection: socket.socket) -> bytes:
+    """One request or response with a `content-length`; nothing if the other side ended first."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if not (part := connection.recv(65_536)):
+            return b""
+        data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+    while length is not None and len(body) < int(length[1]):
+        if not (part := connection.recv(65_536)):
+            return b""
+        body += part
+    return head + b"\r\n\r\n" + body
+
+
+def plain_answer(num_tokens: int = 1, text: str = " a") -> bytes:
+    body = json.dumps({"choices": [{"text": text}], "usage": {"completion_tokens": num_tokens}}).encode()
+    return (
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )

@@ -13,10 +13,10 @@ from besteffort.engines.child import free_port
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
-from besteffort.router import Dispatcher, build_app
-from besteffort.router.addressing import UnknownAddressError, model_ids, read_address
-from besteffort.router.token_count import TokenCount
+from besteffort.router import Dispatcher
+from besteffort.router.addressing import Addresses, UnknownAddressError, model_ids
 from tests.fake_engine import FakeEngine, serving, wait_for
+from tests.routing import routing
 
 
 @dataclass
@@ -56,7 +56,7 @@ def served(fleet: Fleet) -> Iterator[Served]:
             (Engine(urls[2], "name-of-large-upstream"),),
         )
         dispatcher = Dispatcher(fleet, RoundRobin(), engines)
-        url = stack.enter_context(serving(build_app(dispatcher)))
+        url = stack.enter_context(routing(dispatcher))
         yield Served(url, dispatcher, fakes)
 
 
@@ -185,7 +185,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(served: Served) -> No
 def test_an_engine_that_nobody_serves_gives_a_502_and_no_count_is_left(fleet: Fleet) -> None:
     dead = Engine(f"http://127.0.0.1:{free_port()}", "small")
     dispatcher = Dispatcher(fleet, RoundRobin(), ((dead, dead), (dead,)))
-    with serving(build_app(dispatcher)) as url:
+    with routing(dispatcher) as url:
         status, _, answer = Served(url, dispatcher, []).post({"model": "besteffort", "prompt": "x"})
         assert (status, json.loads(answer)["error"]["type"]) == (502, "server_error")
         wait_for(lambda: dispatcher.in_flight == [[0, 0], [0]])
@@ -201,28 +201,49 @@ def test_metrics_count_requests_and_their_deadlines(served: Served) -> None:
     assert 'besteffort_in_flight{model="large",replica="0"} 0.0' in text
 
 
+def test_only_streams_tell_a_time_to_the_first_token(served: Served) -> None:
+    served.post({"model": "large", "prompt": "x", "max_tokens": 4})
+    wait_for(
+        lambda: 'besteffort_latency_ms_per_token_count{model="large",task="copa"} 1.0' in served.metrics()
+    )
+    assert "besteffort_ttft_ms_count{" not in served.metrics()
+    served.post({"model": "large", "prompt": "x", "max_tokens": 4, "stream": True})
+    wait_for(lambda: 'besteffort_ttft_ms_count{model="large",task="copa"} 1.0' in served.metrics())
+
+
+def test_a_deadline_of_the_request_s_own_goes_before_the_task_s(served: Served) -> None:
+    body = {"model": "large", "prompt": "x", "max_tokens": 4}
+    _, headers, _ = served.post(body)
+    assert headers["x-besteffort-deadline-ms-per-token"] == "40"
+    _, headers, _ = served.post(body, {"x-besteffort-deadline-ms-per-token": "0.001"})
+    assert headers["x-besteffort-deadline-ms-per-token"] == "0.001"
+    wait_for(lambda: 'besteffort_deadlines_total{met="no",model="large",task="copa"} 1.0' in served.metrics())
+    assert 'besteffort_deadlines_total{met="yes",model="large",task="copa"} 1.0' in served.metrics()
+
+
+@pytest.mark.parametrize("given", ["", "0", "-1", "nan", "inf", "1e9", "40 ms", "4_0x"])
+def test_a_deadline_that_is_none_is_refused(served: Served, given: str) -> None:
+    status, _, answer = served.post({"prompt": "x"}, {"x-besteffort-deadline-ms-per-token": given})
+    error = json.loads(answer)["error"]
+    assert (status, error["param"]) == (400, "x-besteffort-deadline-ms-per-token")
+
+
+def test_a_body_that_says_it_is_no_json_gets_a_415(served: Served) -> None:
+    status, _, _ = served.post({"prompt": "x"}, {"content-type": "text/plain"})
+    assert status == 415
+
+
+def test_one_model_can_be_looked_up(served: Served) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        assert client.models.retrieve("besteffort/copa").id == "besteffort/copa"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("gpt-4")
+
+
 def test_an_address_is_read_from_header_and_model(fleet: Fleet) -> None:
-    assert read_address(fleet, None, None).task == 0
-    assert read_address(fleet, None, "besteffort/piqa").task == 1
-    assert read_address(fleet, "piqa", "large").pinned == 1
+    addresses = Addresses(fleet)
+    assert addresses.read(None, None).task == 0
+    assert addresses.read(None, "besteffort/piqa").task == 1
+    assert addresses.read("piqa", "large").pinned == 1
     with pytest.raises(UnknownAddressError, match="copa, piqa"):
-        read_address(fleet, "chess", None)
-
-
-@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
-def test_tokens_of_a_stream_are_counted_however_its_bytes_are_cut(size: int) -> None:
-    events = [b'data: {"choices":[{"index":0,"text":"a"}]}\n\n'] * 5
-    usage = b'data: {"choices":[],"usage":{"completion_tokens":5}}\n\n'
-    stream = b"".join([*events, usage, b"data: [DONE]\n\n"])
-    count = TokenCount(stream=True, chat=False)
-    for begin in range(0, len(stream), size):
-        count.feed(stream[begin : begin + size])
-    assert count.total == 5
-
-
-def test_tokens_of_a_plain_answer_are_those_of_its_usage() -> None:
-    count = TokenCount(stream=False, chat=True)
-    count.feed(b'{"usage": {"completion')
-    count.feed(b'_tokens": 12}}')
-    assert count.total == 12
-    assert TokenCount(stream=False, chat=False).total == 0
+        addresses.read("chess", None)

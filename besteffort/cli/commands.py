@@ -11,12 +11,12 @@ from besteffort.cli.options import (
     POLICY_HELP,
     Engine,
     FleetDir,
-    PolicySpec,
     Profile,
     Rewards,
     Seed,
     parse_engines,
 )
+from besteffort.cli.serving import serve
 
 DEFAULT_GPU = "titan-rtx"  # the paper's (App. A)
 
@@ -138,39 +138,6 @@ def tune(
     from besteffort.stages.tune import tune
 
     tune(fleet_dir, seed=seed, profile=profile, rewards=rewards, output=output, progress=ConsoleProgress())
-
-
-def serve(
-    fleet_dir: FleetDir,
-    policy: PolicySpec,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
-    engine: Engine = None,
-    profile: Profile = None,
-    rewards: Rewards = None,
-    seed: Seed = 0,
-) -> None:
-    """Run the router, with an OpenAI-compatible API, in front of the fleet's vLLM servers.
-
-    \b
-    Example:
-      besteffort serve artifacts/tiny-opt-cpu --policy static:opt-22m --port 8000
-      curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
-        -d '{"model": "besteffort/copa", "prompt": "The man turned on the", "max_tokens": 8}'
-    """
-    from besteffort.stages.serve import serve
-
-    serve(
-        fleet_dir,
-        policy=policy,
-        host=host,
-        port=port,
-        attached=parse_engines(engine),
-        profile=profile or fleet_dir / "profile.parquet",
-        rewards=rewards or fleet_dir / "rewards.parquet",
-        seed=seed,
-        progress=ConsoleProgress(),
-    )
 
 
 def train(

@@ -9,7 +9,7 @@ TASK_HEADER = "x-besteffort-task"
 PREFIX = RESERVED_NAME
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Address:
     task: int
     pinned: int | None  # a model asked for by its own name
@@ -28,29 +28,33 @@ def model_ids(fleet: Fleet) -> list[str]:
     return [PREFIX, *(f"{PREFIX}/{task}" for task in fleet.task_names), *fleet.model_names]
 
 
-def read_address(fleet: Fleet, header: str | None, model: Any) -> Address:
-    """The header goes before the model name; with neither, the fleet's first task is meant.
+class Addresses:
+    """Reads what a request says of itself."""
 
-    Raises:
-        UnknownAddressError: the header or the model name is none of those that the fleet has.
-    """
-    task, pinned = None, None
-    if model in fleet.model_names:
-        pinned = fleet.model_names.index(model)
-    elif isinstance(model, str) and model.startswith(f"{PREFIX}/"):
-        task = _task(fleet, model.removeprefix(f"{PREFIX}/"), "model")
-    elif model is not None and model != PREFIX:
-        raise UnknownAddressError(
-            f"The model {model!r} does not exist; give one of {', '.join(model_ids(fleet))}", "model"
-        )
-    if header is not None:
-        task = _task(fleet, header, TASK_HEADER)
-    return Address(task=task or 0, pinned=pinned)
+    def __init__(self, fleet: Fleet) -> None:
+        self._tasks = {name: task for task, name in enumerate(fleet.task_names)}
+        routed = {PREFIX: None, **{f"{PREFIX}/{name}": task for name, task in self._tasks.items()}}
+        self._by_model: dict[Any, tuple[int | None, int | None]] = {
+            None: (None, None),
+            **{name: (task, None) for name, task in routed.items()},
+            **{name: (None, model) for model, name in enumerate(fleet.model_names)},
+        }
+        self._ids = model_ids(fleet)
 
+    def read(self, header: str | None, model: Any) -> Address:
+        """The header goes before the model name; with neither, the fleet's first task is meant.
 
-def _task(fleet: Fleet, name: str, param: str) -> int:
-    if name not in fleet.task_names:
-        raise UnknownAddressError(
-            f"The task {name!r} does not exist; give one of {', '.join(fleet.task_names)}", param
-        )
-    return fleet.task_names.index(name)
+        Raises:
+            UnknownAddressError: the header or the model name is none of those that the fleet has.
+        """
+        found = self._by_model.get(model) if model is None or isinstance(model, str) else None
+        if found is None:
+            message = f"The model {model!r} does not exist; give one of {', '.join(self._ids)}"
+            raise UnknownAddressError(message, "model")
+        task, pinned = found
+        if header is not None:
+            task = self._tasks.get(header)
+            if task is None:
+                message = f"The task {header!r} does not exist; give one of {', '.join(self._tasks)}"
+                raise UnknownAddressError(message, TASK_HEADER)
+        return Address(task or 0, pinned)

@@ -1,72 +1,117 @@
-"""The router's endpoints, put together as one ASGI application."""
+"""The router's endpoints, put together: what the server serves."""
 
+import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route as Endpoint
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import unquote
 
 from besteffort.router.addressing import model_ids
+from besteffort.router.api_key import ApiKey
 from besteffort.router.dispatcher import Dispatcher
+from besteffort.router.limits import Limits
+from besteffort.router.message import Job, Reply, Request, Responder
 from besteffort.router.metrics import Metrics
-from besteffort.router.openai_errors import error_response
-from besteffort.router.proxy import Completions, Upstream
+from besteffort.router.openai_errors import error_reply
+from besteffort.router.proxy import Proxy
+from besteffort.router.watch import Watch
+
+_EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+_GET = (b"GET", b"HEAD")
+_POST = (b"POST",)
+_MODEL_PREFIX = b"/v1/models/"
 
 
-def build_app(dispatcher: Dispatcher) -> Starlette:
-    """An ASGI application over a dispatcher and its engines."""
-    metrics = Metrics(dispatcher)
-    upstream = Upstream()
-    began_at = int(time.time())  # s since the epoch, which OpenAI's schema wants of each model
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    methods: tuple[bytes, ...]
+    handle: Callable[[Request, Responder], Job | None]
+    is_open: bool = False  # whoever has no key may see it too
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with upstream.opened():
-            yield
 
-    async def models(request: Request) -> Response:
-        ids = model_ids(dispatcher.fleet)
+class App:
+    """Handles every request that the server could read; made inside the running event loop."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        limits: Limits,
+        watch: Watch,
+        *,
+        api_key: ApiKey | None = None,
+        protect_metrics: bool = False,
+        forward_authorization: bool = False,
+    ) -> None:
+        self.metrics = Metrics(dispatcher)
+        self.proxy = Proxy(
+            dispatcher, self.metrics, limits, watch, forward_authorization=forward_authorization
+        )
+        self._dispatcher = dispatcher
+        self._api_key = api_key
+        began_at = int(time.time())  # s since the epoch, which OpenAI's schema wants of each model
         about = {"object": "model", "created": began_at, "owned_by": "besteffort"}
-        entries = [{"id": name, **about} for name in ids]
-        return JSONResponse({"object": "list", "data": entries})
+        self._models = {name: {"id": name, **about} for name in model_ids(dispatcher.fleet)}
+        completions = Endpoint(_POST, self.proxy.handle)
+        self._endpoints = {
+            b"/v1/completions": completions,
+            b"/v1/chat/completions": completions,
+            b"/v1/models": Endpoint(_GET, self._list_models),
+            b"/health": Endpoint(_GET, self._say_health, is_open=True),
+            b"/metrics": Endpoint(_GET, self._show_metrics, is_open=not protect_metrics),
+        }
+        self._model = Endpoint(_GET, self._show_model)
 
-    async def health(request: Request) -> Response:
-        fleet = dispatcher.fleet
+    def refuse(self, request: Request) -> Reply | None:
+        """A wrong key, path or method, told from the head alone."""
+        endpoint = self._find(request.target)
+        if self._api_key is not None and (endpoint is None or not endpoint.is_open):
+            refusal = self._api_key.refuse(request)
+            if refusal is not None:
+                return refusal
+        said = f"{request.method.decode()} {request.target.decode()}"
+        if endpoint is None:
+            return error_reply(404, f"{said}: there is no such path", "not_found")
+        if request.method not in endpoint.methods:
+            allowed = b", ".join(endpoint.methods)
+            message = f"{said}: the methods here are {allowed.decode()}"
+            return error_reply(405, message, "method_not_allowed", headers=((b"allow", allowed),))
+        return None
+
+    def handle(self, request: Request, responder: Responder) -> Job | None:
+        endpoint = self._find(request.target)
+        assert endpoint is not None, "else it was refused"
+        return endpoint.handle(request, responder)
+
+    def close(self) -> None:
+        for upstream in self.proxy.upstreams:
+            upstream.close()
+
+    def _find(self, target: bytes) -> Endpoint | None:
+        endpoint = self._endpoints.get(target)
+        if endpoint is None and target.startswith(_MODEL_PREFIX):
+            return self._model
+        return endpoint
+
+    def _list_models(self, request: Request, responder: Responder) -> None:
+        responder.reply(_json({"object": "list", "data": list(self._models.values())}))
+
+    def _show_model(self, request: Request, responder: Responder) -> None:
+        name = unquote(request.target.removeprefix(_MODEL_PREFIX).decode())
+        entry = self._models.get(name)
+        if entry is None:
+            message = f"The model {name!r} does not exist; give one of {', '.join(self._models)}"
+            responder.reply(error_reply(404, message, "model_not_found", "model"))
+        else:
+            responder.reply(_json(entry))
+
+    def _say_health(self, request: Request, responder: Responder) -> None:
+        fleet = self._dispatcher.fleet
         names = {"fleet": fleet.name, "models": fleet.model_names, "tasks": fleet.task_names}
-        return JSONResponse({"status": "ok", "policy": dispatcher.policy.name, **names})
+        responder.reply(_json({"status": "ok", "policy": self._dispatcher.policy.name, **names}))
 
-    async def exposition(request: Request) -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    completions = [
-        Endpoint(path, Completions(path, dispatcher, metrics, upstream), methods=["POST"])
-        for path in ("/v1/completions", "/v1/chat/completions")
-    ]
-    plain = [
-        Endpoint("/v1/models", models),
-        Endpoint("/health", health),
-        Endpoint("/metrics", exposition),
-    ]
-    return Starlette(
-        routes=[*completions, *plain],
-        lifespan=lifespan,
-        exception_handlers={HTTPException: _refuse, Exception: _own_fault},
-    )
+    def _show_metrics(self, request: Request, responder: Responder) -> None:
+        responder.reply(Reply(200, self.metrics.render(), _EXPOSITION))
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
-    """Unknown paths and wrong methods, in OpenAI's schema like everything else."""
-    assert isinstance(error, HTTPException), "registered for no other"
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    code = "not_found" if error.status_code == 404 else "method_not_allowed"
-    response = error_response(error.status_code, message, code)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _own_fault(request: Request, error: Exception) -> Response:
-    return error_response(500, "The router failed; its log says how", "internal_error")
+def _json(value: object) -> Reply:
+    return Reply(200, json.dumps(value).encode())

@@ -1,94 +1,124 @@
-"""The router's own figures, for Prometheus."""
+"""The router's own figures, for Prometheus.
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+They are kept in plain numbers and put into prometheus_client's form when it asks: its own counters
+would cost as much as the rest of a request's way.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from besteffort.deadline import deadline_weight
 from besteffort.router.dispatcher import Dispatcher, Route
+from besteffort.router.histogram import Histogram
 
 _LATENCY_BUCKETS_MS = (2, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 400, 800, 1600)
 _TTFT_BUCKETS_MS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240)
 _DECISION_BUCKETS_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
 
 
-class Metrics:
+class Metrics(Collector):
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
+        # By task, model and outcome, whether the deadline was met, or replica.
+        self.requests: Counter[tuple[int, int, str]] = Counter()
+        self._deadlines: Counter[tuple[int, int, str]] = Counter()
+        self._retries: Counter[tuple[int, int, str]] = Counter()
+        # By task and model.
+        self._latency = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_LATENCY_BUCKETS_MS))
+        self._ttft = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_TTFT_BUCKETS_MS))
+        self._decision = Histogram(_DECISION_BUCKETS_S)
         self._registry = CollectorRegistry()
-        self._registry.register(_State(dispatcher))
-        labels = ["task", "model"]
-        self._requests = Counter(
-            "besteffort_requests",
-            "Requests that ended, by outcome: ok, refused, failed, cancelled.",
-            [*labels, "outcome"],
-            registry=self._registry,
-        )
-        self._deadlines = Counter(
-            "besteffort_deadlines",
-            "Answered requests by whether their deadline was met.",
-            [*labels, "met"],
-            registry=self._registry,
-        )
-        self._latency = Histogram(
-            "besteffort_latency_ms_per_token",
-            "Time from arrival at the router to the last token, per output token.",
-            labels,
-            buckets=_LATENCY_BUCKETS_MS,
-            registry=self._registry,
-        )
-        self._ttft = Histogram(
-            "besteffort_ttft_ms",
-            "Time from arrival at the router to the first byte of the answer.",
-            labels,
-            buckets=_TTFT_BUCKETS_MS,
-            registry=self._registry,
-        )
-        self._decision = Histogram(
-            "besteffort_decision_seconds",
-            "Time that the policy took to choose a model.",
-            buckets=_DECISION_BUCKETS_S,
-            registry=self._registry,
-        )
+        self._registry.register(self)
 
     def ended(self, route: Route, outcome: str) -> None:
-        self._requests.labels(*self._names(route), outcome).inc()
+        self.requests[route.task, route.model, outcome] += 1
         self._decision.observe(route.decision_s)
 
-    def answered(self, route: Route, first_byte_at: float, last_byte_at: float, num_tokens: int) -> None:
-        """An answer with a token count; instants by the dispatcher's clock."""
-        task = self._dispatcher.fleet.tasks[route.task]
-        latency = 1000.0 * (last_byte_at - route.arrived_at) / num_tokens
-        met = float(deadline_weight(latency, task.deadline_ms_per_token, "hard")) == 1.0
-        self._latency.labels(*self._names(route)).observe(latency)
-        self._ttft.labels(*self._names(route)).observe(1000.0 * (first_byte_at - route.arrived_at))
-        self._deadlines.labels(*self._names(route), "yes" if met else "no").inc()
+    def retried(self, failed: Route) -> None:
+        self._retries[failed.task, failed.model, str(failed.replica)] += 1
 
-    def _names(self, route: Route) -> tuple[str, str]:
-        fleet = self._dispatcher.fleet
-        return fleet.task_names[route.task], fleet.model_names[route.model]
+    def began(self, route: Route, first_byte_at: float) -> None:
+        """A stream; of a plain answer the first byte says nothing about the first token."""
+        self._ttft[route.task, route.model].observe(1000.0 * (first_byte_at - route.arrived_at))
+
+    def answered(
+        self, route: Route, last_byte_at: float, num_tokens: int, deadline_ms_per_token: float
+    ) -> None:
+        """An answer with a token count; instants by the dispatcher's clock."""
+        latency = 1000.0 * (last_byte_at - route.arrived_at) / num_tokens
+        self._latency[route.task, route.model].observe(latency)
+        met = "yes" if latency <= deadline_ms_per_token else "no"
+        self._deadlines[route.task, route.model, met] += 1
 
     def render(self) -> bytes:
         """The text exposition format."""
         return bytes(generate_latest(self._registry))
 
-
-class _State(Collector):
-    """What is read off the dispatcher at the moment of the scrape."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
-
-    def collect(self) -> list[Metric]:
-        in_flight = GaugeMetricFamily(
-            "besteffort_in_flight", "Requests in flight.", labels=["model", "replica"]
+    def collect(self) -> Iterable[Metric]:
+        yield self._counter(
+            "besteffort_requests",
+            "Requests that ended, by outcome: ok, refused, failed, cancelled.",
+            "outcome",
+            self.requests,
         )
-        for name, counts in zip(self._dispatcher.fleet.model_names, self._dispatcher.in_flight, strict=True):
-            for replica, count in enumerate(counts):
-                in_flight.add_metric([name, str(replica)], count)
-        rate = GaugeMetricFamily(
+        yield self._counter(
+            "besteffort_deadlines",
+            "Answered requests by whether their deadline was met.",
+            "met",
+            self._deadlines,
+        )
+        yield self._counter(
+            "besteffort_retries",
+            "Requests that another replica took over, by the one that failed.",
+            "replica",
+            self._retries,
+        )
+        yield self._histogram(
+            "besteffort_latency_ms_per_token",
+            "Time from arrival at the router to the last token, per output token.",
+            self._latency,
+        )
+        yield self._histogram(
+            "besteffort_ttft_ms",
+            "Time from arrival at the router to the first byte of a streamed answer.",
+            self._ttft,
+        )
+        decision = self._decision
+        yield HistogramMetricFamily(
+            "besteffort_decision_seconds",
+            "Time that the policy took to choose a model.",
+            buckets=decision.buckets(),
+            sum_value=decision.sum,
+        )
+        yield self._in_flight()
+        yield GaugeMetricFamily(
             "besteffort_arrival_rate_per_second",
             "Arrival rate over the last 5 arrivals, as the policy saw it last.",
             value=self._dispatcher.arrival_rate_per_s,
         )
-        return [in_flight, rate]
+
+    def _counter(self, name: str, about: str, label: str, counts: Counter[tuple[int, int, str]]) -> Metric:
+        family = CounterMetricFamily(name, about, labels=["task", "model", label])
+        for (task, model, value), count in counts.items():
+            family.add_metric([*self._names(task, model), value], count)
+        return family
+
+    def _histogram(self, name: str, about: str, histograms: dict[tuple[int, int], Histogram]) -> Metric:
+        family = HistogramMetricFamily(name, about, labels=["task", "model"])
+        for (task, model), histogram in histograms.items():
+            family.add_metric(self._names(task, model), histogram.buckets(), histogram.sum)
+        return family
+
+    def _in_flight(self) -> Metric:
+        family = GaugeMetricFamily("besteffort_in_flight", "Requests in flight.", labels=["model", "replica"])
+        for name, counts in zip(self._dispatcher.fleet.model_names, self._dispatcher.in_flight, strict=True):
+            for replica, count in enumerate(counts):
+                family.add_metric([name, str(replica)], count)
+        return family
+
+    def _names(self, task: int, model: int) -> list[str]:
+        fleet = self._dispatcher.fleet
+        return [fleet.task_names[task], fleet.model_names[model]]

@@ -1,32 +1,95 @@
-"""How many tokens an answer held, from its bytes, without decoding every event of a stream."""
+"""How many tokens an answer held, from its bytes, without decoding any of its JSON.
 
-import json
+Inside a JSON string a quote is written `\\"`, so the patterns below, which hold bare quotes, only fit keys.
+"""
+
+import re
+from typing import Protocol
+
+# Patterns are bounded, so that no answer can make them hold on to more than this.
+_USAGE = re.compile(rb'"completion_tokens"\s{0,64}:\s{0,64}(\d{1,18})\s{0,64}[,}]')
+_USAGE_KEY = b'"completion_tokens"'
+_OVERLAP = 256  # at least the longest match
+_CHOICE = re.compile(rb'"choices"[ \t]{0,64}:[ \t]{0,64}\[[ \t]{0,64}\{')
+_ROLE = re.compile(rb'"role"[ \t]{0,64}:')
+_CONTENT = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments)"[ \t]{0,64}:[ \t]{0,64}"[^"]')
+_MAX_EVENT = 1024 * 1024  # a longer one is passed on, but not looked at
 
 
-class TokenCount:
-    """Fed with an answer's bytes as they pass; `total` is right once all have passed.
+class TokenCount(Protocol):
+    """Fed with an answer's bytes as they pass; `total` is right once all have passed."""
 
-    A stream counts its events that carry a choice (the engine sends one a token, and one with the
-    role first in a chat); a plain answer states its count under `usage`.
+    def feed(self, data: bytes) -> None: ...
+
+    @property
+    def total(self) -> int: ...
+
+
+class PlainCount:
+    """Of an answer that comes whole: what it states as its usage; 0 if it does not."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self.total = 0
+
+    def feed(self, data: bytes) -> None:
+        data = self._tail + data
+        if _USAGE_KEY in data:
+            for match in _USAGE.finditer(data):
+                self.total = int(match[1])
+        self._tail = data[-_OVERLAP:]
+
+
+class StreamCount:
+    """Of server-sent events: the usage that the last one states, else how many brought a choice.
+
+    An engine sends one event a token for each choice, and in a chat one with the role before them.
     """
 
-    def __init__(self, *, stream: bool, chat: bool) -> None:
-        self._stream = stream
-        self._num_events = -1 if chat else 0
+    def __init__(self) -> None:
         self._tail = b""
-
-    def feed(self, chunk: bytes) -> None:
-        if not self._stream:
-            self._tail += chunk
-            return
-        *events, self._tail = (self._tail + chunk).split(b"\n\n")
-        self._num_events += sum(b'"choices":[{' in event for event in events)
+        self._num_events = 0
+        self._usage: int | None = None
+        self._too_long = False
 
     @property
     def total(self) -> int:
-        if self._stream:
-            return max(0, self._num_events)
-        try:
-            return int(json.loads(self._tail)["usage"]["completion_tokens"])
-        except (ValueError, KeyError, TypeError):
-            return 0
+        return self._num_events if self._usage is None else self._usage
+
+    def feed(self, data: bytes) -> None:
+        end = data.rfind(b"\n") + 1
+        if not end:
+            self._keep(data)
+            return
+        lines = data[:end]
+        if self._tail or self._too_long:
+            lines = self._completed(lines)
+        self._keep(data[end:])
+        self._count(lines)
+
+    def _keep(self, rest: bytes) -> None:
+        self._tail += rest
+        if len(self._tail) > _MAX_EVENT:
+            self._tail = b""
+            self._too_long = True
+
+    def _completed(self, lines: bytes) -> bytes:
+        first, _, others = lines.partition(b"\n")
+        whole = self._tail + first
+        skipped = self._too_long
+        self._tail, self._too_long = b"", False
+        return others if skipped else whole + b"\n" + others
+
+    def _count(self, lines: bytes) -> None:
+        if _USAGE_KEY in lines and (found := _USAGE.findall(lines)):
+            self._usage = int(found[-1])
+        if b'"role"' in lines:
+            self._num_events += sum(map(_brings_a_token, lines.split(b"\n")))
+        else:
+            self._num_events += len(_CHOICE.findall(lines))
+
+
+def _brings_a_token(line: bytes) -> bool:
+    if _CHOICE.search(line) is None:
+        return False
+    return _ROLE.search(line) is None or _CONTENT.search(line) is not None

@@ -214,7 +214,8 @@ def _start_router(spec: Replay, fleet: Fleet, engines: Engines) -> tuple[Child, 
         for engine in of_model:
             command += ["--engine", f"{name}={engine.url}"]
     log = spec.fleet_dir / "logs" / f"router-{port}.log"
-    return Child("the router", command, log, {}), f"http://127.0.0.1:{port}"
+    # A key meant for another router would keep our own client out.
+    return Child("the router", command, log, {"BESTEFFORT_API_KEY": ""}), f"http://127.0.0.1:{port}"
 
 
 def _folder(spec: Replay, policy_name: str, engine: str) -> Path:

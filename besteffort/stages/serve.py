@@ -1,24 +1,22 @@
 """`serve`: the fleet's engines with the router in front, until it is told to stop."""
 
-import asyncio
-import contextlib
+import resource
 import socket
+import ssl
 from pathlib import Path
 
 import numpy as np
-import uvicorn
 
 from besteffort.engines.running import Urls, running_engines
 from besteffort.errors import UsageError
 from besteffort.fleet import load_fleet
 from besteffort.policies import load_named_policy
 from besteffort.progress import Progress
-from besteffort.router import Dispatcher, build_app
+from besteffort.router import Dispatcher, Settings, run_router
 
 # Connections that the kernel holds for us while we are busy: a burst is not refused.
 _BACKLOG = 2048
-# Streams that still run when we are told to stop have this long to end.
-GRACE_S = 10
+_LOOPBACK = ("127.", "::1", "localhost")
 
 
 def serve(
@@ -31,6 +29,7 @@ def serve(
     profile: Path,
     rewards: Path,
     seed: int,
+    settings: Settings,
     progress: Progress,
 ) -> None:
     """Start (or attach to) the engines and serve until SIGINT or SIGTERM; then end all of it.
@@ -50,23 +49,45 @@ def serve(
         rng=np.random.default_rng(seed),
         thresholds=fleet_dir / "thresholds.parquet",
     )
+    if settings.api_key is None and not host.startswith(_LOOPBACK):
+        progress.say(f"warning: whoever reaches {host} can use this router; give --api-key to change that")
+    _raise_file_limit()
     with _listen(host, port) as listener:
         with running_engines(fleet, fleet_dir, attached, progress) as engines:
-            app = build_app(Dispatcher(fleet, chosen, engines))
-            url = f"http://{host}:{listener.getsockname()[1]}"
+            scheme = "http" if settings.tls is None else "https"
+            at = f"[{host}]" if ":" in host else host
+            url = f"{scheme}://{at}:{listener.getsockname()[1]}"
             progress.say(f"serving {fleet.name} by {chosen.name} at {url}/v1 (Ctrl-C ends it)")
-            config = uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                lifespan="on",
-                timeout_graceful_shutdown=GRACE_S,
-            )
-            # uvicorn ends in order on SIGINT and SIGTERM, and then raises them again for its caller,
-            # to whom being told to stop is no error.
-            with contextlib.suppress(KeyboardInterrupt):
-                asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+            run_router(Dispatcher(fleet, chosen, engines), settings, listener)
         progress.say("stopped; every engine started here has ended")
+
+
+def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:
+    """What `--ssl-certfile` and `--ssl-keyfile` stand for; None without them.
+
+    Raises:
+        UsageError: one is missing or cannot be used.
+    """
+    if certfile is None:
+        if keyfile is not None:
+            raise UsageError("--ssl-keyfile goes only with --ssl-certfile")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(
+            f"--ssl-certfile {certfile}: cannot be used ({error.strerror or error}); "
+            "give a certificate and its key in PEM"
+        ) from None
+    return context
+
+
+def _raise_file_limit() -> None:
+    """Every connection is an open file, and the usual soft limit is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,112 @@
+"""Requests and replies, as the server reads and writes them."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Protocol
+
+Header = tuple[bytes, bytes]
+
+SMALL = 65_536  # bytes; up to this, copying costs less than writing in parts
+
+_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+
+
+@dataclass(slots=True)
+class Request:
+    """`target` is a path, with its query cut off; names of headers are in lower case."""
+
+    method: bytes
+    target: bytes
+    headers: dict[bytes, bytes]
+    http_1_1: bool = True
+    keep_alive: bool = True
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer of our own, whole. `closes`: nothing more is read from this client."""
+
+    status: int
+    body: bytes = b""
+    media_type: str = "application/json"
+    headers: tuple[Header, ...] = ()
+    closes: bool = field(default=False)
+
+
+class Refusal(Exception):  # noqa: N818 -- not a fault of ours
+    """A request that cannot be taken; `reply` says why to whoever sent it."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.status)
+        self.reply = reply
+
+
+class Responder(Protocol):
+    """Where the answer to one request goes: `reply`, or `begin`, then `write` and `flush`, then `end`."""
+
+    def reply(self, reply: Reply) -> None: ...
+
+    def begin(self, status: int, headers: bytes, length: int | None) -> None:
+        """Write the head. `headers` are whole lines; without a `length` the body ends when it ends."""
+
+    def write(self, data: bytes) -> None:
+        """Put bytes of the body behind those that wait for `flush`."""
+
+    def flush(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def break_off(self) -> None:
+        """End in the middle, such that the client can tell."""
+
+
+class Job(Protocol):
+    """A request in work."""
+
+    def cancel(self) -> None:
+        """The client is gone; its responder must not be used again."""
+
+    def pause(self) -> None:
+        """The client reads slower than we write."""
+
+    def resume(self) -> None: ...
+
+
+class Handler(Protocol):
+    """What the server serves."""
+
+    def refuse(self, request: Request) -> Reply | None:
+        """Say from the head alone that the request is refused; its body is then not kept."""
+
+    def handle(self, request: Request, responder: Responder) -> Job | None:
+        """Answer at once and return None, or return what answers later."""
+
+
+def status_line(status: int) -> bytes:
+    return _STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n".encode()
+
+
+def header_lines(headers: Iterable[Header]) -> bytes:
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+class DateLine:
+    """The `date` header, made once a second."""
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._line = b""
+
+    def __call__(self) -> bytes:
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self._line = b"date: " + formatdate(second, usegmt=True).encode() + b"\r\n"
+        return self._line
+
+
+date_line = DateLine()

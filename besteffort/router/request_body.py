@@ -1,0 +1,51 @@
+"""The body of a completion request: read as far as routing needs, all else untouched."""
+
+import json
+from typing import Any
+
+import msgspec
+
+_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ENCODER = msgspec.json.Encoder()
+
+
+class RequestBody:
+    """A JSON object whose values stay the bytes that the client wrote, but for `model`.
+
+    Of a key that is there twice the last counts, as for vLLM.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """Raises ValueError: it is not a JSON object in UTF-8, or nested deeper than anyone can read."""
+        text = data.decode()
+        try:
+            self._fields = _DECODER.decode(text)
+        except RecursionError:
+            raise ValueError("nested too deep") from None
+        except msgspec.DecodeError:
+            self._fields = _read_leniently(text)
+
+    @property
+    def model(self) -> Any:
+        """None if it is missing."""
+        raw = self._fields.get("model")
+        return None if raw is None else msgspec.json.decode(raw)
+
+    def for_engine(self, served_name: str) -> bytes:
+        fields = self._fields
+        fields["model"] = msgspec.Raw(_ENCODER.encode(served_name))
+        return _ENCODER.encode(fields)
+
+
+def _read_leniently(text: str) -> dict[str, msgspec.Raw]:
+    """NaN, infinities and the like are not JSON, but Python clients write them and vLLM reads them."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    fields = {key: msgspec.Raw(json.dumps(part).encode()) for key, part in value.items()}
+    if isinstance(value.get("model"), float):  # perhaps NaN
+        raise ValueError("a number as its model")
+    return fields

@@ -1,0 +1,122 @@
+"""Strict reading of an engine's answers."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import httptools
+
+from besteffort.router.message import Header
+
+_CHUNKED = b"chunked"
+_MAX_INTERIM = 16
+
+
+class BadResponseError(Exception):
+    """Not an HTTP response, or one that cannot be passed on safely."""
+
+
+class Taker(Protocol):
+    def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None: ...
+
+    def on_body(self, data: bytes) -> None: ...
+
+
+class ResponseReader:
+    """Fed with a connection's bytes, it tells of one response after the other; 1xx ones are skipped."""
+
+    def __init__(self, max_head: int) -> None:
+        self._max_head = max_head
+        self._taker: Taker | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self.complete = self.reusable = self.has_begun = True
+
+    def expect(self, taker: Taker) -> None:
+        self._taker = taker
+        self._silent = 0
+        self.complete = self.has_begun = self.reusable = False
+        self._interim = False
+        self._num_interim = 0
+        self._length: int | None = None
+        self._chunked = False
+        self._bodiless = False
+        self._headers: list[Header] = []
+        self._num_head = 0
+
+    def rest(self) -> None:
+        """Let go of the taker: its answer is whole."""
+        self._taker = None
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """A body without a length, which the end of the connection ends."""
+        return self.has_begun and self._length is None and not self._chunked and not self._bodiless
+
+    def feed(self, data: bytes) -> None:
+        """Raises BadResponseError."""
+        self._silent += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            if not isinstance(error.__context__, BadResponseError):
+                raise
+            if not self.complete:
+                raise error.__context__ from None
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self.complete:
+                raise BadResponseError(str(error)) from None
+            self.reusable = False
+        if self._silent > self._max_head:
+            raise BadResponseError(f"more than {self._max_head} bytes of headers")
+
+    # The following are called by httptools.
+
+    def on_message_begin(self) -> None:
+        if self.complete:  # stop: what comes after an answer is not ours
+            self.reusable = False
+            raise BadResponseError("an answer to nothing")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_head += len(name) + len(value) + 4
+        if self._num_head > self._max_head:
+            raise BadResponseError(f"more than {self._max_head} bytes of headers")
+        if self.has_begun:
+            return  # a trailer
+        name = name.lower()
+        if name == b"content-length":
+            self._length = int(value)
+        elif name == b"transfer-encoding":
+            self._chunked = True
+            if value.lower() != _CHUNKED:
+                raise BadResponseError("a transfer encoding other than chunked")
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._silent = 0
+        status = self._parser.get_status_code()
+        if status < 200:
+            if status == 101 or status < 100:
+                raise BadResponseError(f"status {status}")
+            self._num_interim += 1
+            if self._num_interim > _MAX_INTERIM:
+                raise BadResponseError("too many interim answers")
+            self._interim = True
+            self._headers = []
+            return
+        self.has_begun = True
+        self._bodiless = status in (204, 304)
+        assert self._taker is not None, "an answer is somebody's"
+        self._taker.on_head(status, self._headers, self._length)
+
+    def on_body(self, data: bytes) -> None:
+        self._silent = 0
+        assert self._taker is not None, "an answer is somebody's"
+        self._taker.on_body(data)
+
+    def on_message_complete(self) -> None:
+        self._silent = 0
+        if self._interim:
+            self._interim = False
+            self._length, self._chunked = None, False
+            return
+        self.complete = True
+        self.reusable = self._parser.should_keep_alive()

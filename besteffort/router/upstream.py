@@ -1,0 +1,266 @@
+"""One engine's connections: kept open, one request at a time on each."""
+
+import asyncio
+import contextlib
+import math
+import ssl
+from collections.abc import Sequence
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+from besteffort.router.limits import Limits
+from besteffort.router.message import SMALL, Header
+from besteffort.router.response_reader import BadResponseError, ResponseReader
+from besteffort.router.watch import Watch
+
+
+class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
+    """What an engine did wrong; `begun`: after it had begun to answer."""
+
+    def __init__(self, kind: str, message: str, *, begun: bool = False) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.begun = begun
+
+
+class Sink(Protocol):
+    """Where an engine's answer goes: `on_head`, then `on_body`, with `on_batch` after each read; then one of
+    `on_end` and `on_fault`, which may come at any time."""
+
+    def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None: ...
+
+    def on_body(self, data: bytes) -> None: ...
+
+    def on_batch(self) -> None: ...
+
+    def on_end(self) -> None: ...
+
+    def on_fault(self, fault: Fault) -> None: ...
+
+
+class Upstream:
+    """Where an engine is, and the connections to it that lie idle."""
+
+    def __init__(self, url: str, limits: Limits, watch: Watch, loop: asyncio.AbstractEventLoop) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None, "checked before any engine is used"
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self.host = parts.hostname
+        self.port = parts.port or (443 if self.tls else 80)
+        self.authority = parts.netloc.rpartition("@")[2].encode()
+        self.base_path = parts.path.rstrip("/").encode()
+        self.limits = limits
+        self.watch = watch
+        self.loop = loop
+        self.idle: list[UpstreamConnection] = []
+
+    def send(self, request: Sequence[bytes], sink: Sink) -> "Call":
+        """Send the bytes of a request; the answer goes to `sink`, never before this returns."""
+        call = Call(self, request, sink)
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.is_open:
+                connection.take(call, reused=True)
+                return call
+        call.connect()
+        return call
+
+    def close(self) -> None:
+        while self.idle:
+            self.idle.pop().close()
+
+
+class Call:
+    """One request at an engine, until its answer is whole, or it failed, or nobody wants it any more."""
+
+    __slots__ = ("_connecting", "_upstream", "connection", "paused", "request", "sink", "total_due_at")
+
+    def __init__(self, upstream: Upstream, request: Sequence[bytes], sink: Sink) -> None:
+        self._upstream = upstream
+        self.request = request
+        self.sink = sink
+        self.connection: UpstreamConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self.total_due_at = upstream.loop.time() + upstream.limits.total_s
+        self.paused = False
+
+    def connect(self) -> None:
+        self._connecting = self._upstream.loop.create_task(self._connect())
+
+    def cancel(self) -> None:
+        """Nothing more goes to the sink. The connection is closed, which tells the engine to stop."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self.connection is not None:
+            self.connection.close()
+
+    def pause(self) -> None:
+        self.paused = True
+        if self.connection is not None:
+            self.connection.pause()
+
+    def resume(self) -> None:
+        self.paused = False
+        if self.connection is not None:
+            self.connection.resume()
+
+    async def _connect(self) -> None:
+        upstream = self._upstream
+        connection = UpstreamConnection(upstream)
+        try:
+            async with asyncio.timeout(upstream.limits.connect_s):
+                await upstream.loop.create_connection(
+                    lambda: connection, upstream.host, upstream.port, ssl=upstream.tls
+                )
+        except TimeoutError:
+            fault = Fault("connect_timeout", f"no connection within {upstream.limits.connect_s:g} s")
+            self.sink.on_fault(fault)
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        except OSError as error:
+            self.sink.on_fault(Fault("connect", f"no connection: {error.strerror or error}"))
+        else:
+            connection.take(self, reused=False)
+        finally:
+            self._connecting = None
+
+
+class UpstreamConnection(asyncio.Protocol):
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self._reader = ResponseReader(upstream.limits.max_head)
+        self._call: Call | None = None
+        self._reused = False
+        self._unanswered = True  # not a byte has come
+        self.is_open = False
+        self.due_at = math.inf
+
+    @property
+    def is_idle(self) -> bool:
+        return self._call is None
+
+    def take(self, call: Call, *, reused: bool) -> None:
+        """Send a call's request; this connection is its own until the answer is whole."""
+        if not self.is_open:  # closed between being made and being taken
+            call.sink.on_fault(Fault("connect", "closed as soon as it was open"))
+            return
+        self._call = call
+        self._reused = reused
+        self._unanswered = True
+        call.connection = self
+        self._reader.expect(call.sink)
+        self.due_at = min(self._upstream.loop.time() + self._upstream.limits.first_byte_s, call.total_due_at)
+        if sum(map(len, call.request)) <= SMALL:
+            self._transport.write(b"".join(call.request))
+        else:
+            self._transport.writelines(call.request)
+
+    def close(self) -> None:
+        self._call = None
+        if self.is_open:
+            self.is_open = False
+            self._transport.abort()
+
+    def pause(self) -> None:
+        if self.is_open:
+            assert self._call is not None, "only a call pauses"
+            self._transport.pause_reading()
+            self.due_at = self._call.total_due_at
+
+    def resume(self) -> None:
+        if self.is_open:
+            self._wait_for_more()
+            self._transport.resume_reading()
+
+    # The following are called by the event loop and by the watch.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.is_open = True
+        self._upstream.watch.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        call = self._call
+        if call is None:  # nothing was asked
+            self._forget()
+            return
+        self._unanswered = False
+        try:
+            self._reader.feed(data)
+        except BadResponseError as error:
+            self._fail("garbage", f"not an answer: {error}")
+            return
+        if self._call is not call:  # cancelled meanwhile
+            return
+        if self._reader.complete:
+            self._end(call)
+            return
+        call.sink.on_batch()
+        if not call.paused:
+            self._wait_for_more()
+
+    def eof_received(self) -> bool:
+        if self._call is None:
+            self._forget()
+        return False  # close
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_open = False
+        self._upstream.watch.discard(self)
+        call = self._call
+        if call is None:
+            self._forget()
+        elif self._reused and self._unanswered:
+            # The engine closed it while it lay idle and our request was on its way: not a failure.
+            self._call = call.connection = None
+            call.connect()
+        elif error is None and self._reader.ends_with_connection:
+            self._end(call)
+        else:
+            self._fail("broke_off", "the connection broke off")
+
+    def overdue(self) -> None:
+        call = self._call
+        self.due_at = math.inf
+        if call is None:
+            self._forget()
+        elif call.total_due_at <= self._upstream.loop.time():
+            self._fail("total_timeout", f"not done within {self._upstream.limits.total_s:g} s")
+        elif not self._reader.has_begun:
+            self._fail("first_byte_timeout", f"no answer within {self._upstream.limits.first_byte_s:g} s")
+        else:
+            self._fail("stall", f"nothing more for {self._upstream.limits.between_bytes_s:g} s")
+
+    def _wait_for_more(self) -> None:
+        call, limits = self._call, self._upstream.limits
+        assert call is not None, "there is more to come"
+        wait_s = limits.between_bytes_s if self._reader.has_begun else limits.first_byte_s
+        self.due_at = min(self._upstream.loop.time() + wait_s, call.total_due_at)
+
+    def _end(self, call: Call) -> None:
+        idle = self._upstream.idle
+        self._call = call.connection = None
+        if self.is_open and self._reader.reusable and len(idle) < self._upstream.limits.max_idle:
+            self.due_at = self._upstream.loop.time() + self._upstream.limits.keep_alive_s
+            if call.paused:
+                self._transport.resume_reading()
+            self._reader.rest()
+            idle.append(self)
+        else:
+            self.close()
+        call.sink.on_end()
+
+    def _fail(self, kind: str, message: str) -> None:
+        call = self._call
+        assert call is not None, "a fault is a call's"
+        call.connection = None
+        begun = self._reader.has_begun
+        self.close()
+        call.sink.on_fault(Fault(kind, message, begun=begun))
+
+    def _forget(self) -> None:
+        """Idle no longer, but gone."""
+        self.close()
+        with contextlib.suppress(ValueError):
+            self._upstream.idle.remove(self)

@@ -1,0 +1,87 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from besteffort.router.request_body import RequestBody
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=20,
+)
+_BODY = st.dictionaries(st.sampled_from(("model", "prompt", "stream", "n")) | st.text(max_size=8), _JSON)
+
+
+@given(_BODY, st.booleans())
+def test_only_the_model_is_another_one_at_the_engine(body: dict[str, Any], ascii_only: bool) -> None:
+    data = json.dumps(body, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    try:
+        read = RequestBody(data)
+    except UnicodeDecodeError:
+        assert not ascii_only  # a lone surrogate has no UTF-8
+        return
+    assert read.model == body.get("model")
+    assert json.loads(read.for_engine('odd "name"')) == {**body, "model": 'odd "name"'}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "123456789012345678901234567890",
+        "0.1000000000000000055511151231257827",
+        "1E5",
+        '"\\u00e9\\ud800"',
+        '{"a" : 1, "a":2}',
+        '[ 1,\n2 ]',
+    ],
+)  # fmt: skip
+def test_values_stay_the_bytes_that_the_client_wrote(value: str) -> None:
+    body = RequestBody(f'{{"x": {value} , "model": "a"}}'.encode())
+    assert value.encode() in body.for_engine("b")
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "[1, NaN]", "1e400"])
+def test_numbers_that_python_writes_and_vllm_reads_are_let_through(value: str) -> None:
+    body = RequestBody(f'{{"x": {value}, "model": "a"}}'.encode())
+    sent = json.loads(body.for_engine("b"))
+    assert repr(sent["x"]) == repr(json.loads(value))
+    assert sent["model"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("data", "model"),
+    [
+        (b'{"model":"a","model":"b"}', "b"),
+        (b'{"mod\\u0065l":"c"}', "c"),
+        (b'{"tools":{"model":"x"}}', None),
+        (b'{"prompt":"\\"model\\":\\"x\\"","model":"y"}', "y"),
+    ],
+)
+def test_the_engine_gets_one_model_whatever_the_client_hid_it_in(data: bytes, model: str | None) -> None:
+    body = RequestBody(data)
+    assert body.model == model
+    pairs = json.loads(body.for_engine("served"), object_pairs_hook=list)
+    assert [value for key, value in pairs if key == "model"] == ["served"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"null",
+        b"\xff\xfe",
+        b'{"a":"\xff"}',
+        b"{}{}",
+        b'\xef\xbb\xbf{"a":1}',
+        b"{" * 10**6,
+    ],
+)
+def test_what_is_no_json_object_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r".*"):
+        RequestBody(data)
