@@ -48,6 +48,7 @@ class Model(_Table):
     replicas: int = Field(default=1, ge=1)
     gpu_memory_share: float = Field(default=0.9, gt=0, le=1)
     max_num_seqs: int = Field(default=64, ge=1)  # vLLM's limit of requests running at once
+    kv_cache_tokens: int | None = Field(default=None, ge=1)  # that the cache of one replica holds
     stands_for: str | None = None  # read another fleet's rewards under this model's name
 
     @model_validator(mode="after")
@@ -118,6 +119,12 @@ class Fleet(_Table):
                 raise ValueError(f"duplicate {what} {twice[0]!r}: give each {what} its own name")
         if not sum(task.share for task in self.tasks) > 0:
             raise ValueError("every task has share = 0: give at least one a share of the arrivals")
+        for model in self.models:
+            if model.kv_cache_tokens is not None and model.kv_cache_tokens < self.engine.max_model_len:
+                raise ValueError(
+                    f"model {model.name!r} has kv_cache_tokens = {model.kv_cache_tokens}, less than "
+                    f"engine.max_model_len = {self.engine.max_model_len}: vLLM would not start; lower that"
+                )
         for task in self.tasks:
             longest = task.num_prompt_tokens[1] + task.num_output_tokens[1]
             if longest > self.engine.max_model_len:

@@ -50,6 +50,7 @@ def test_the_fleet_of_the_paper_has_one_replica_of_each_model_on_each_of_its_fou
         ('path = "large"', 'path = "large"\nreplicas = "two"', "models.1.replicas"),
         ('path = "large"', 'urls = ["ftp://x y"]', "'ftp://x y' is no URL"),
         ('name = "large"', 'name = "besteffort"', "the router's own name"),
+        ('path = "large"', 'path = "large"\nkv_cache_tokens = 2047', "kv_cache_tokens = 2047, less than"),
         ("schema_version = 1", "schema_version = 9", "schema_version"),
         ('name = "copa"', 'name = "copa"\nshare = 0', "share"),
         ('name = "copa"', 'name = "copa"\nnum_prompt_tokens = [9, 3]', "must rise"),

@@ -8,28 +8,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from besteffort.errors import TraceError
 from besteffort.fleet import Fleet
 from besteffort.latency import Latency
 from besteffort.observation import Observation
 from besteffort.request import Outcomes, Requests
-from besteffort.simulator import ParallelFleets, simulate, simulate_choices
+from besteffort.simulator import (
+    Branching,
+    ParallelFleets,
+    PlanSearch,
+    Routing,
+    ThresholdTrials,
+    simulate,
+    simulate_choices,
+)
 
 STEP_MS = np.array([[2.0, 3.0, 4.0, 5.0], [10.0, 14.0, 18.0, 22.0]])  # at batch sizes 1 to 4
 PREFILL_BASE_MS = np.array([4.0, 20.0])
 PREFILL_MS_PER_TOKEN = np.array([0.5, 1.0])
+DEADLINE_MS_PER_TOKEN = 20.123  # which no sum of these is near, so that rounding decides nothing
 
 
 def make_fleet(
-    replicas: tuple[int, ...] = (1, 1), num_gpus: int = 1, max_num_seqs: int = 4, num_tasks: int = 1
+    replicas: tuple[int, ...] = (1, 1),
+    num_gpus: int = 1,
+    max_num_seqs: int = 4,
+    num_tasks: int = 1,
+    kv_cache_tokens: int | None = None,
 ) -> Fleet:
-    models = [
-        {"name": f"m{m}", "path": "x", "replicas": count, "max_num_seqs": max_num_seqs}
-        for m, count in enumerate(replicas)
+    limits = {"max_num_seqs": max_num_seqs, "kv_cache_tokens": kv_cache_tokens}
+    models = [{"name": f"m{m}", "path": "x", "replicas": count, **limits} for m, count in enumerate(replicas)]
+    engine = {"max_model_len": min(2048, kv_cache_tokens or 2048)}
+    tasks = [
+        {"name": f"t{t}", "deadline_ms_per_token": DEADLINE_MS_PER_TOKEN, "lm_eval_task": "piqa"}
+        for t in range(num_tasks)
     ]
-    tasks = [{"name": f"t{t}", "deadline_ms_per_token": 20, "lm_eval_task": "piqa"} for t in range(num_tasks)]
-    return Fleet.model_validate(
-        {"schema_version": 1, "name": "test", "num_gpus": num_gpus, "models": models, "tasks": tasks}
-    )
+    tables = {"models": models, "tasks": tasks, "engine": engine}
+    return Fleet.model_validate({"schema_version": 1, "name": "test", "num_gpus": num_gpus, **tables})
 
 
 def make_latency(together: float = 2.0) -> Latency:
@@ -132,6 +147,30 @@ def test_no_more_than_max_num_seqs_run_and_the_next_begins_when_one_ends() -> No
     np.testing.assert_allclose(took, [[9, 13], [22, 26], [35, 35]])
 
 
+def test_a_request_waits_until_its_prompt_and_its_answer_fit_into_the_kv_cache() -> None:
+    rows = ((0, 40, 3), (1, 40, 3), (2, 40, 3))
+    took = served(*rows, models=(0, 0, 0), fleet=make_fleet(kv_cache_tokens=3 * 43))
+    np.testing.assert_allclose(took, [[24, 74], [70, 77], [70, 77]])
+    # The second is read from 24 to 49, in a step with the second token of the first, which then has one
+    # step of 3 ms left: at 52 the third fits. It is read till 77, in the last step of the second.
+    took = served(*rows, models=(0, 0, 0), fleet=make_fleet(kv_cache_tokens=3 * 43 - 1))
+    np.testing.assert_allclose(took, [[24, 52], [49, 77], [77, 81]])
+
+
+def test_nobody_overtakes_a_request_that_does_not_fit_yet() -> None:
+    fleet = make_fleet(kv_cache_tokens=100)
+    took = served((0, 60, 9), (1, 80, 2), (2, 4, 2), models=(0, 0, 0), fleet=fleet)
+    # The first is read till 34 and decodes alone till 50; then the others are read together, 4 + 42 + 1.
+    np.testing.assert_allclose(took, [[34, 50], [97, 100], [97, 100]])
+
+
+def test_a_request_that_no_kv_cache_holds_is_refused_before_anything_runs() -> None:
+    requests = make_requests((0, 60, 9), (1, 80, 21))
+    with pytest.raises(TraceError, match=r"request 1 needs 101 tokens.*'m0' holds \(100\).*kv_cache_tokens"):
+        simulate_choices(requests, make_fleet(kv_cache_tokens=100), make_latency(), np.array([0, 0]))
+    simulate_choices(requests, make_fleet(kv_cache_tokens=101), make_latency(), np.array([0, 0]))
+
+
 def test_of_two_requests_that_arrive_together_the_first_is_read_alone() -> None:
     took = served((0, 10, 5), (0, 10, 5), models=(0, 0))
     # The first is read alone, till 9; the second till 19, with one token more for the first. Then
@@ -225,10 +264,22 @@ class SlowFleet:
                 continue
             room = self.fleet.models[replica.model].max_num_seqs - len(replica.steps_left)
             prompts = self.requests.num_prompt_tokens[replica.waiting[:room]]
-            fits = [n for n in range(1, len(prompts) + 1) if n == 1 or prompts[:n].sum() <= 2048]
+            held = [*replica.steps_left]
+            fits = [
+                n
+                for n in range(1, len(prompts) + 1)
+                if (n == 1 or prompts[:n].sum() <= 2048)
+                and self.kv_tokens(held + replica.waiting[:n]) <= self.kv_cache_tokens(replica)
+            ]
             if fits:
                 replica.prefilling = [replica.waiting.pop(0) for _ in range(max(fits))]
                 replica.prefill_left_ms = self.prefill_ms(replica, prompts[: max(fits)].sum())
+
+    def kv_tokens(self, requests: list[int]) -> int:
+        return int((self.requests.num_prompt_tokens + self.requests.num_output_tokens)[requests].sum())
+
+    def kv_cache_tokens(self, replica: SlowReplica) -> float:
+        return self.fleet.models[replica.model].kv_cache_tokens or np.inf
 
     def prefill_ms(self, replica: SlowReplica, num_tokens: int) -> float:
         steps_ms = self.steps_ms[replica.model]
@@ -288,7 +339,11 @@ class SlowFleet:
         return np.stack([self.first_ms, self.last_ms], axis=1)
 
 
-@settings(max_examples=60, deadline=None)
+# The largest of `random_requests` needs 1,199 tokens.
+kv_limits = st.none() | st.integers(1200, 4000)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     replicas=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -296,6 +351,7 @@ class SlowFleet:
     max_num_seqs=st.integers(1, 5),
     mean_gap_ms=st.floats(1.0, 100.0),
     together=st.floats(1.0, 3.0),
+    kv_cache_tokens=kv_limits,
 )
 def test_the_event_loop_agrees_with_a_slow_reference(
     seed: int,
@@ -304,11 +360,12 @@ def test_the_event_loop_agrees_with_a_slow_reference(
     max_num_seqs: int,
     mean_gap_ms: float,
     together: float,
+    kv_cache_tokens: int | None,
 ) -> None:
     rng = np.random.default_rng(seed)
     requests = random_requests(rng, 40, mean_gap_ms)
     models = rng.integers(0, 2, 40)
-    fleet = make_fleet(replicas, num_gpus, max_num_seqs)
+    fleet = make_fleet(replicas, num_gpus, max_num_seqs, kv_cache_tokens=kv_cache_tokens)
     latency = make_latency(together)
     fast = first_and_last_ms(simulate_choices(requests, fleet, latency, models))
     slow = SlowFleet(requests, fleet, latency).serve(models)
@@ -320,13 +377,15 @@ def test_the_event_loop_agrees_with_a_slow_reference(
     seed=st.integers(0, 2**32 - 1),
     max_num_seqs=st.integers(1, 8),
     mean_gap_ms=st.floats(0.0, 50.0),
+    kv_cache_tokens=kv_limits,
 )
 def test_work_is_conserved_in_order_and_never_faster_than_the_profile(
-    seed: int, max_num_seqs: int, mean_gap_ms: float
+    seed: int, max_num_seqs: int, mean_gap_ms: float, kv_cache_tokens: int | None
 ) -> None:
     rng = np.random.default_rng(seed)
     requests = random_requests(rng, 200, mean_gap_ms)
-    fleet, latency = make_fleet((2, 3), 2, max_num_seqs), make_latency(1.5)
+    fleet = make_fleet((2, 3), 2, max_num_seqs, kv_cache_tokens=kv_cache_tokens)
+    latency = make_latency(1.5)
     models = rng.integers(0, 2, 200)
     outcomes = simulate_choices(requests, fleet, latency, models)
     assert np.all(np.isfinite(outcomes.last_token_at))
@@ -337,17 +396,73 @@ def test_work_is_conserved_in_order_and_never_faster_than_the_profile(
     assert np.all(outcomes.ttft_ms >= prefill_ms - 1e-6)
     floor_ms = (prefill_ms + decode_ms) / requests.num_output_tokens
     assert np.all(outcomes.latency_ms_per_token >= floor_ms - 1e-6)
-    assert_fifo_and_within_the_limit(outcomes, max_num_seqs)
+    assert_fifo_and_within_the_limits(outcomes, max_num_seqs, kv_cache_tokens or np.inf)
 
 
-def assert_fifo_and_within_the_limit(outcomes: Outcomes, max_num_seqs: int) -> None:
+def assert_fifo_and_within_the_limits(outcomes: Outcomes, max_num_seqs: int, kv_cache_tokens: float) -> None:
+    num_tokens = outcomes.requests.num_prompt_tokens + outcomes.requests.num_output_tokens
     for model, replica in set(zip(outcomes.model, outcomes.replica, strict=True)):
         here = (outcomes.model == model) & (outcomes.replica == replica)
         first, last = outcomes.first_token_at[here], outcomes.last_token_at[here]
         assert np.all(np.diff(first) >= 0)
         # A tolerance: requests that end with one token differ in the last bits of their times.
-        decoding = [np.sum((first <= at) & (last > at + 1e-9)) for at in first]
-        assert max(decoding) <= max_num_seqs
+        decoding = [(first <= at) & (last > at + 1e-9) for at in first]
+        assert max(np.sum(those) for those in decoding) <= max_num_seqs
+        assert max(np.sum(num_tokens[here][those]) for those in decoding) <= kv_cache_tokens
+
+
+def test_what_is_reserved_in_the_kv_cache_is_within_its_limit_and_given_back() -> None:
+    rng = np.random.default_rng(6)
+    latency, requests = make_latency(), random_requests(rng, 300, 2.0)
+    models = rng.integers(0, 2, 300)
+    most = {}
+    for kv_cache_tokens in (None, 1500):
+        fleet = make_fleet((2, 3), 2, max_num_seqs=8, kv_cache_tokens=kv_cache_tokens)
+        fleets = ParallelFleets(fleet, latency, [requests])
+        reserved = fleets._state.replicas["kv_tokens"]
+        most[kv_cache_tokens] = 0
+        for index in range(300):
+            fleets.advance(index)
+            fleets.route(index, models[[index]])
+            most[kv_cache_tokens] = max(most[kv_cache_tokens], reserved.max())
+        fleets.drain()
+        assert not reserved.any()
+    assert 1000 < most[1500] <= 1500 < most[None]
+
+
+@pytest.mark.parametrize("kv_cache_tokens", [None, 1200])
+def test_searches_and_courses_know_the_limit_of_the_kv_cache(kv_cache_tokens: int | None) -> None:
+    rng = np.random.default_rng(7)
+    latency, requests = make_latency(1.0), random_requests(rng, 200, 80.0)
+    fleet = make_fleet((2, 2), 2, 8, kv_cache_tokens=kv_cache_tokens)
+    plan, values, rows = rng.integers(0, 2, 200), np.array([[0.5, 1.0]]), np.array([[2.0]])
+
+    trials = ThresholdTrials([requests], fleet, latency, values)
+    worth = trials.worth(requests.task[None], rows)[0]
+    alone = worth_of(simulate_choices(requests, fleet, latency, trials.models[0]), values)
+    np.testing.assert_allclose(worth, alone.mean())
+
+    inputs, scale = np.zeros((200, 1), dtype=np.float32), np.ones(2, dtype=np.float32)
+    branching = Branching(requests, fleet, latency, values, Routing(scale, rows), inputs)
+    branching.give(plan)
+    alone = worth_of(simulate_choices(requests, fleet, latency, plan), values)
+    np.testing.assert_array_equal(branching.serve()[0], alone)
+    starts, until = np.array([0, 60, 120]), np.full(3, 200)
+    branches = branching.branch(starts, until, 0.0)[1]
+    np.testing.assert_allclose(branches[0, plan[0]], alone.sum())
+    apart = [branching.branch(starts[[n]], until[[n]], 0.0)[1][0] for n in range(3)]
+    np.testing.assert_array_equal(branches, apart)
+
+    search = PlanSearch(requests, fleet, latency, values, requests.task, rows)
+    search.begin(plan, horizon_s=1e6)
+    assert search.improve(rng.random((50, 4, 4))) > 0
+    better = worth_of(simulate_choices(requests, fleet, latency, search.plan), values)
+    assert better.sum() > alone.sum()
+
+
+def worth_of(outcomes: Outcomes, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    in_time = outcomes.latency_ms_per_token <= DEADLINE_MS_PER_TOKEN
+    return np.where(in_time, values[outcomes.requests.task, outcomes.model], 0.0)
 
 
 def test_the_same_trace_fares_the_same_twice() -> None:

@@ -4,7 +4,7 @@ Every router sees the same arrivals. A *way* is one of them by name: `policy` is
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,11 @@ from besteffort.paper.variants import DEADLINES, HARD, SOFT, doubled, variants, 
 from besteffort.progress import Bar, Progress
 from besteffort.request import Requests
 from besteffort.rewards import Rewards
+from besteffort.simulator import simulate_choices
 from besteffort.thresholds import ThresholdTable
 from besteffort.workload import STABLE_DURATION_S, generate_workload, stable
 
-POLICY, GREEDY, THRESHOLDS = "policy", "greedy", "thresholds"
+POLICY, GREEDY, THRESHOLDS, HINDSIGHT = "policy", "greedy", "thresholds", "hindsight"
 # No training draws from these: the runs are held out.
 STABLE_SEED, UNPREDICTABLE_SEED, HINDSIGHT_SEED = 2401, 7886, 93
 RATES_PER_S = (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48)
@@ -92,7 +93,6 @@ class Experiments:
     hard_8: Sweep  # the largest model alone on twice the GPUs
     soft_8: Sweep
     unpredictable_8: Burst
-    hindsight: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)  # (S,) by workload
 
 
 @dataclass(frozen=True)
@@ -268,21 +268,36 @@ def _joined(points: Sequence[Curves], axis: int = 1) -> Curves:
 def _with_hindsight(
     experiments: Experiments, inputs: Inputs, effort: Effort, progress: Progress
 ) -> Experiments:
-    """With the best performance that a search finds which knows the whole trace, (S,) by workload."""
-    found: dict[str, list[float]] = {name: [] for name in experiments.unpredictable}
+    """With the best plan that a search finds which knows the whole trace, as one more way."""
     num_searches = sum(len(burst.traces) for burst in experiments.unpredictable.values())
     with progress.bar("Searching in hindsight", num_searches) as bar:
-        for name, burst in experiments.unpredictable.items():
-            for seed in range(len(burst.traces)):
-                bar.describe(f"{name}, seed {seed}")
-                found[name].append(_best_known(burst, seed, inputs, effort.hindsight_s))
-                bar.advance()
-    best = {name: np.array(values) for name, values in found.items()}
-    return replace(experiments, hindsight=best)
+        bursts = {
+            name: _planned(name, burst, inputs, effort.hindsight_s, bar)
+            for name, burst in experiments.unpredictable.items()
+        }
+    return replace(experiments, unpredictable=bursts)
 
 
-def _best_known(burst: Burst, seed: int, inputs: Inputs, budget_s: float) -> float:
-    """Of the search, which begins with what each way has done."""
+def _planned(name: str, burst: Burst, inputs: Inputs, budget_s: float, bar: Bar) -> Burst:
+    plans = []
+    for seed in range(len(burst.traces)):
+        bar.describe(f"{name}, seed {seed}")
+        plans.append(_best_plan(burst, seed, inputs, budget_s))
+        bar.advance()
+    service = inputs.service(burst.fleet)
+    worth = []
+    for trace, plan in zip(burst.traces, plans, strict=True):
+        outcomes = simulate_choices(trace, burst.fleet, inputs.latency, plan)
+        worth.append(service.worth(trace.task, outcomes.model, outcomes.latency_ms_per_token))
+    return replace(
+        burst,
+        performance={**burst.performance, HINDSIGHT: np.stack(worth)},
+        model={**burst.model, HINDSIGHT: np.stack(plans)},
+    )
+
+
+def _best_plan(burst: Burst, seed: int, inputs: Inputs, budget_s: float) -> NDArray[np.int64]:
+    """Of a search that begins with what each way has done: the model of each request, (K,)."""
     return hindsight(
         burst.traces[seed],
         burst.fleet,
@@ -292,4 +307,4 @@ def _best_known(burst: Burst, seed: int, inputs: Inputs, budget_s: float) -> flo
         np.random.default_rng([HINDSIGHT_SEED, seed]),
         table=inputs.table,
         budget_s=budget_s,
-    ).performance
+    ).models

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from besteffort.paper import published
-from besteffort.paper.experiments import POLICY, Burst, Curves, Experiments, Sweep, static_name
+from besteffort.paper.experiments import HINDSIGHT, POLICY, Burst, Curves, Experiments, Sweep, static_name
 from besteffort.report.summary import WINDOW_THRESHOLDS, count_windows, window_performance
 
 AVAILABLE = 0.95  # share of the deadlines that are met
@@ -99,8 +99,9 @@ def hardware_utility(experiments: Experiments) -> Utility:
 def regret(experiments: Experiments) -> dict[str, Spread]:
     """By workload, the share of the best known performance that the policy leaves."""
     return {
-        name: Spread(1.0 - experiments.unpredictable[name].performance[POLICY].mean(axis=1) / best)
-        for name, best in experiments.hindsight.items()
+        name: Spread(1.0 - burst.performance[POLICY].mean(axis=1) / burst.performance[HINDSIGHT].mean(axis=1))
+        for name, burst in experiments.unpredictable.items()
+        if HINDSIGHT in burst.performance
     }
 
 
@@ -143,7 +144,6 @@ def as_plain(experiments: Experiments) -> dict[str, object]:
     return {
         "stable": {name: _plain_sweep(sweep) for name, sweep in sweeps.items()},
         "unpredictable": {name: _plain_burst(burst) for name, burst in bursts.items()},
-        "hindsight": {name: best.tolist() for name, best in experiments.hindsight.items()},
     }
 
 

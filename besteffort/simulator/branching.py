@@ -9,9 +9,10 @@ from besteffort.fleet import Fleet
 from besteffort.latency import Latency
 from besteffort.q_network import QNetwork
 from besteffort.request import Requests
-from besteffort.simulator.core import NONE, Stakes
 from besteffort.simulator.courses import Course, Network, branch_at, serve_course
 from besteffort.simulator.fleets import idle_state
+from besteffort.simulator.records import NONE
+from besteffort.simulator.stakes import Stakes
 from besteffort.simulator.trials import in_one_memory, stakes_of
 
 

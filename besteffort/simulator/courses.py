@@ -1,28 +1,15 @@
-"""A workload under a Q-network, and its branches: the compiled part.
-
-Numba's cache notices a change only in the file of the function that Python calls. So whoever changes
-`core.py` must touch this file too, or remove `__pycache__`.
-"""
+"""A workload under a Q-network, and its branches."""
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from besteffort.simulator.core import (
-    END_MS,
-    NONE,
-    Ints,
-    Stakes,
-    State,
-    _by_thresholds,
-    _worth,
-    advance,
-    compiled,
-    fleet_of,
-    route,
-)
+from besteffort.simulator.compiled import compiled, compiled_apart
+from besteffort.simulator.events import advance, route
+from besteffort.simulator.records import END_MS, NONE, Ints, State, fleet_of
+from besteffort.simulator.stakes import Stakes, worth_of
+from besteffort.simulator.walks import by_thresholds, go_back
 
 Floats = NDArray[np.float32]
 
@@ -63,18 +50,14 @@ def see_neighbours(state: State, seen: NDArray[np.float64]) -> None:
     """
     num_models = len(state.models)
     for model in range(num_models):
-        replica = state.batch_heap[state.models[model]["first_replica"]]
+        replica = state.models[model]["next_replica"]
         site = state.replicas[replica]["device"] * num_models
         for other in range(num_models):
-            count = 0
-            first = state.sites[site + other]["first"]
-            for place in range(first, first + state.sites[site + other]["num_replicas"]):
-                count += state.replicas[state.mark_heap[place]]["in_flight"]
-            seen[model, other] = count
+            seen[model, other] = state.sites[site + other]["in_flight"]
         seen[model, model] = state.replicas[replica]["in_flight"]
 
 
-@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@compiled
 def see_all_neighbours(states: State, seen: NDArray[np.float64]) -> None:
     """Of every fleet; `seen` has shape `(F, M, M)`."""
     for fleet in range(len(seen)):
@@ -132,12 +115,12 @@ def _decide(course: Course, request: int) -> int:
     if course.given[request] != NONE:
         return course.given[request]  # type: ignore[no-any-return]
     if not course.has_network:
-        return _by_thresholds(course.state, course.thresholds[request], 1.0)
+        return by_thresholds(course.state, course.thresholds[request], 1.0)
     _see(course)
     return _by_network(course.network, request, course.inputs, course.hidden[0], course.hidden[1])
 
 
-@njit(cache=True, error_model="numpy", nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def serve_course(course: Course, worth: NDArray[np.float64], chosen: Ints) -> None:
     """Serve the whole workload; worth and model of each request go to arrays of shape `(K,)`."""
     state = course.state
@@ -148,10 +131,10 @@ def serve_course(course: Course, worth: NDArray[np.float64], chosen: Ints) -> No
         route(state, request, model)
     advance(state, END_MS)
     for request in range(len(worth)):
-        worth[request] = _worth(state, course.stakes, request, 0.0)
+        worth[request] = worth_of(state, course.stakes, request, 0.0)
 
 
-@njit(cache=True, error_model="numpy", nogil=True)  # type: ignore[untyped-decorator]
+@compiled_apart
 def _branch(course: Course, start: int, model: int, until: int, fade_ms: float) -> float:
     """The worth of what is in flight at `start` and what arrives before `until`, if `start` goes to `model`.
 
@@ -173,7 +156,7 @@ def _branch(course: Course, start: int, model: int, until: int, fade_ms: float) 
                 weight = 1.0
                 if done != start and fade_ms > 0:
                     weight = min(1.0, (end_ms - state.requests[done]["arrived_at_ms"]) / fade_ms)
-                total += weight * _worth(state, course.stakes, done, 0.0)
+                total += weight * worth_of(state, course.stakes, done, 0.0)
         if num_missing == 0 or request == num_requests:
             return total
         chosen = model
@@ -184,16 +167,6 @@ def _branch(course: Course, start: int, model: int, until: int, fade_ms: float) 
 
 
 @compiled
-def _go_back(course: Course) -> None:
-    """Only one thing in a request's record matters to the future: what waits behind it."""
-    course.words[:] = course.saved
-    state = course.state
-    for replica in range(len(state.replicas)):
-        if state.replicas[replica]["first_waiting"] != NONE:
-            state.requests[state.replicas[replica]["last_waiting"]]["next_waiting"] = NONE
-
-
-@njit(cache=True, error_model="numpy", nogil=True)  # type: ignore[untyped-decorator]
 def branch_at(
     course: Course, starts: Ints, until: Ints, fade_ms: float, inputs: Floats, worth: NDArray[np.float64]
 ) -> None:
@@ -214,4 +187,4 @@ def branch_at(
         course.saved[:] = course.words
         for model in range(len(state.models)):
             worth[nth, model] = _branch(course, start, model, until[nth], fade_ms)
-            _go_back(course)
+            go_back(state, course.words, course.saved)

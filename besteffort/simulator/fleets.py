@@ -7,12 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from besteffort.arrivals import arrival_rates_per_s
+from besteffort.errors import TraceError
 from besteffort.fleet import Fleet
 from besteffort.latency import Latency
 from besteffort.observation import Observation
 from besteffort.request import Outcomes, Requests
-from besteffort.simulator.core import (
+from besteffort.simulator.courses import see_all_neighbours
+from besteffort.simulator.records import (
+    CACHE_LINE_BYTES,
     DEVICE,
+    EVENT,
+    MAX_TOKENS,
     MODEL,
     NONE,
     REPLICA,
@@ -21,45 +26,63 @@ from besteffort.simulator.core import (
     SITE,
     Records,
     State,
-    advance_all,
-    route_all,
-    run,
+    on_cache_lines,
 )
-from besteffort.simulator.courses import see_all_neighbours
+from besteffort.simulator.tournament import tournament
+from besteffort.simulator.walks import advance_all, route_all, run
 
 
 def idle_state(fleet: Fleet, latency: Latency, workloads: Sequence[Requests]) -> State:
-    """Fleets with nothing in flight, before the first arrival, one for each workload."""
+    """Fleets with nothing in flight, before the first arrival, one for each workload.
+
+    Raises:
+        TraceError: a request is larger than the KV cache of a model.
+        ValueError: these are the latencies of another number of models.
+    """
     if latency.num_models != len(fleet.models):
         raise ValueError(f"latencies of {latency.num_models} models for a fleet of {len(fleet.models)}")
+    for workload in workloads:
+        _check_fits(workload, fleet)
     requests = np.stack([_request_records(workload) for workload in workloads])
     models, replicas = _model_records(fleet, latency), _replica_records(fleet)
-    sites, mark_heap = _sites(fleet, replicas)
+    sites = _sites(fleet, replicas)
     devices = np.zeros(fleet.num_devices, dtype=DEVICE)
-    devices["next_event_ms"] = np.inf
-    devices["place"] = np.arange(fleet.num_devices)
     max_num_seqs = models["max_num_seqs"]
-    seats = np.zeros(int(max_num_seqs[replicas["model"]].sum()), dtype=SEAT)
+    seats = np.zeros(int(_seats_apart(max_num_seqs)[replicas["model"]].sum()), dtype=SEAT)
     num_fleets = len(workloads)
 
     def copies(one: NDArray[Any]) -> NDArray[Any]:
-        return np.repeat(one[None], num_fleets, axis=0)
+        return on_cache_lines(np.repeat(one[None], num_fleets, axis=0))
 
     return State(
-        requests=requests,
+        requests=on_cache_lines(requests),
         completed=np.full(requests.shape, NONE, dtype=np.int64),
         num_completed=np.zeros((num_fleets, 1), dtype=np.int64),
         models=copies(models),
         replicas=copies(replicas),
         sites=copies(sites),
         devices=copies(devices),
+        next_event=copies(np.array([(np.inf, 0)], dtype=EVENT)),
         seats=copies(seats),
-        batch_heap=copies(np.arange(len(replicas), dtype=np.int64)),
-        mark_heap=copies(mark_heap),
-        device_heap=copies(np.arange(fleet.num_devices, dtype=np.int64)),
+        batches=copies(_tournaments(replicas["model"], key=0.0)),
+        marks=copies(_tournaments(_site_of(replicas, len(models)), key=np.inf)),
+        events=copies(tournament(np.arange(fleet.num_devices), key=np.inf)),
         step_ms=np.ascontiguousarray(latency.step_table_ms(int(max_num_seqs.max()))),
         slowdown=np.array(latency.slowdown, dtype=np.float64, order="C"),
     )
+
+
+def _check_fits(workload: Requests, fleet: Fleet) -> None:
+    """Whichever model a request goes to, it must be able to run there."""
+    num_tokens = workload.num_prompt_tokens + workload.num_output_tokens
+    for model in fleet.models:
+        if np.any(num_tokens > (model.kv_cache_tokens or MAX_TOKENS)):
+            index = int(np.argmax(num_tokens))
+            raise TraceError(
+                f"request {index} needs {num_tokens[index]} tokens, more than the KV cache of model "
+                f"{model.name!r} holds ({model.kv_cache_tokens or MAX_TOKENS}): "
+                "shorten it, or raise kv_cache_tokens"
+            )
 
 
 def _request_records(workload: Requests) -> Records:
@@ -75,8 +98,9 @@ def _request_records(workload: Requests) -> Records:
 def _model_records(fleet: Fleet, latency: Latency) -> Records:
     models = np.zeros(len(fleet.models), dtype=MODEL)
     models["num_replicas"] = [model.replicas for model in fleet.models]
-    models["first_replica"] = _starts(models["num_replicas"])
+    models["first_replica"] = models["next_replica"] = _starts(models["num_replicas"])
     models["max_num_seqs"] = [model.max_num_seqs for model in fleet.models]
+    models["kv_cache_tokens"] = [model.kv_cache_tokens or MAX_TOKENS for model in fleet.models]
     models["prefill_base_ms"] = latency.prefill_base_ms
     models["prefill_ms_per_token"] = latency.prefill_ms_per_token
     return models
@@ -88,23 +112,42 @@ def _replica_records(fleet: Fleet) -> Records:
     replicas = np.zeros(sum(counts), dtype=REPLICA)
     replicas["model"] = np.repeat(np.arange(len(counts)), counts)
     replicas["device"] = [fleet.device_of(r) for count in counts for r in range(count)]
-    replicas["first_seat"] = _starts(np.repeat([model.max_num_seqs for model in fleet.models], counts))
+    max_num_seqs = np.array([model.max_num_seqs for model in fleet.models])
+    replicas["first_seat"] = _starts(np.repeat(_seats_apart(max_num_seqs), counts))
     replicas["prefilling"] = replicas["first_waiting"] = replicas["last_waiting"] = NONE
-    replicas["mark_ms"] = np.inf
-    replicas["batch_place"] = np.concatenate([np.arange(count) for count in counts])
     return replicas
 
 
-def _sites(fleet: Fleet, replicas: Records) -> tuple[Records, NDArray[np.int64]]:
-    """Every model on every device, and the heap of its replicas, whose `mark_place` is set."""
-    num_models = len(fleet.models)
-    site_of = replicas["device"] * num_models + replicas["model"]
-    sites = np.zeros(fleet.num_devices * num_models, dtype=SITE)
+def _seats_apart(max_num_seqs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Seats from one replica's first to the next one's: an odd number of cache lines.
+
+    At a power of two, the first seats of all replicas would fight for the same few lines of the cache.
+    """
+    in_line = CACHE_LINE_BYTES // SEAT.itemsize
+    return (-(-max_num_seqs // in_line) | 1) * in_line
+
+
+def _site_of(replicas: Records, num_models: int) -> NDArray[np.int64]:
+    return np.asarray(replicas["device"].astype(np.int64) * num_models + replicas["model"])
+
+
+def _sites(fleet: Fleet, replicas: Records) -> Records:
+    """Every model on every device; `nth_of_site` of its replicas is set."""
+    site_of = _site_of(replicas, len(fleet.models))
+    sites = np.zeros(fleet.num_devices * len(fleet.models), dtype=SITE)
     sites["num_replicas"] = np.bincount(site_of, minlength=len(sites))
-    sites["first"] = _starts(sites["num_replicas"])
-    heap = np.argsort(site_of, kind="stable")
-    replicas["mark_place"][heap] = np.arange(len(heap)) - sites["first"][site_of[heap]]
-    return sites, heap
+    first = _starts(sites["num_replicas"])
+    sites["first_mark"] = 2 * first
+    in_order = np.argsort(site_of, kind="stable")
+    replicas["nth_of_site"][in_order] = np.arange(len(in_order)) - first[site_of[in_order]]
+    return sites
+
+
+def _tournaments(group_of: NDArray[np.int64], key: float) -> Records:
+    """One for each group of replicas, one behind the other."""
+    in_order = np.argsort(group_of, kind="stable")
+    groups = np.split(in_order, np.flatnonzero(np.diff(group_of[in_order])) + 1)
+    return np.concatenate([tournament(players, key) for players in groups])
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:

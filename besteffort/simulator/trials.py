@@ -9,8 +9,11 @@ from besteffort.deadline import SOFT_DECAY_PER_MS, SOFT_LIMIT
 from besteffort.fleet import Fleet
 from besteffort.latency import Latency
 from besteffort.request import Requests
-from besteffort.simulator.core import Search, Stakes, State, improve, run_thresholds
 from besteffort.simulator.fleets import idle_state
+from besteffort.simulator.plans import Search, improve
+from besteffort.simulator.records import State, on_cache_lines
+from besteffort.simulator.stakes import Stakes
+from besteffort.simulator.walks import run_thresholds
 
 
 def stakes_of(workloads: Sequence[Requests], fleet: Fleet, values: NDArray[np.float64]) -> Stakes:
@@ -32,7 +35,7 @@ class ThresholdTrials:
         self, workloads: Sequence[Requests], fleet: Fleet, latency: Latency, values: NDArray[np.float64]
     ) -> None:
         self._idle = idle_state(fleet, latency, workloads)
-        self._state = State(**{name: array.copy() for name, array in self._idle._asdict().items()})
+        self._state = State(**{name: on_cache_lines(array) for name, array in self._idle._asdict().items()})
         self._stakes = stakes_of(workloads, fleet, values)
 
     def worth(self, row: NDArray[np.int64], rows: NDArray[np.float64]) -> NDArray[np.float64]:
