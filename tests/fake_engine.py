@@ -5,6 +5,8 @@ import contextlib
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -29,11 +31,17 @@ class FakeEngine:
         self.num_running = 0
         self.num_cancelled = 0
         paths = ("/v1/completions", "/v1/chat/completions")
-        self.app = Starlette(routes=[Route(path, self._complete, methods=["POST"]) for path in paths])
+        routes = [Route(path, self._complete, methods=["POST"]) for path in paths]
+        self.app = Starlette(routes=[*routes, Route("/health", self._health)])
+
+    async def _health(self, request: Request) -> Response:
+        return Response()
 
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
+        if body.get("prompt") == "hang":
+            await asyncio.sleep(3600)
         if body.get("prompt") == "refuse":
             error = {"message": "too long", "type": "BadRequestError", "param": None, "code": 400}
             return JSONResponse({"error": error}, 400)
@@ -79,6 +87,31 @@ def serving(app: ASGIApp) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+class EngineProcess:
+    """A `FakeEngine` in a process of its own, which can be killed and come back at the same port."""
+
+    def __init__(self, port: int, step_s: float = 0.0) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", "tests.fake_engine", str(port), str(step_s)]
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command)
+        wait_for(self._accepts, 30.0)
+
+    def kill(self) -> None:
+        """As `kill -9`."""
+        self._process.kill()
+        self._process.wait()
+
+    def _accepts(self) -> bool:
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        return False
 
 
 def wait_for(condition: Any, timeout_s: float = 10.0) -> None:
@@ -148,3 +181,7 @@ def plain_answer(num_tokens: int = 1, text: str = " a") -> bytes:
     return (
         b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
     )
+
+
+if __name__ == "__main__":
+    uvicorn.run(FakeEngine("", float(sys.argv[2])).app, port=int(sys.argv[1]), log_level="critical")

@@ -7,6 +7,7 @@ order of events can come about, and thousands of them in seconds.
 import asyncio
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
 from besteffort.router import Dispatcher, Limits
 from besteffort.router.app import App
+from besteffort.router.breaker import State
 from besteffort.router.client_connection import ClientConnection
+from besteffort.router.dispatcher import NoReplicaError
 from besteffort.router.server import Server
 from besteffort.router.watch import Watch
 from tests.fake_engine import plain_answer
@@ -90,6 +93,16 @@ class _Transport:
             self._loop.later.append(lambda: self.protocol.connection_lost(error))
 
 
+@dataclass
+class _Timer:
+    due_at: float
+    callback: Callable[[], None]
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
 class _Network:
     """What the router takes for its event loop: real tasks, a clock that is set by hand, no sockets."""
 
@@ -99,13 +112,23 @@ class _Network:
         self.later: list[Callable[[], None]] = []
         self.clients: list[_Transport] = []
         self.engines: list[_Transport] = []
+        self._timers: list[_Timer] = []
         self.create_task = asyncio.get_running_loop().create_task
 
     def time(self) -> float:
         return self.now
 
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
-        self.tick = callback
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> "_Timer":
+        self._timers.append(_Timer(self.now + delay_s, callback))
+        return self._timers[-1]
+
+    def tick(self) -> None:
+        due = [timer for timer in self._timers if timer.due_at <= self.now]
+        self._timers = [timer for timer in self._timers if timer.due_at > self.now]
+        self._choice.shuffle(due)
+        for timer in due:
+            if not timer.cancelled:
+                timer.callback()
 
     async def create_connection(self, protocol: Callable[[], Any], *_: object, **__: object) -> None:
         for _ in range(self._choice.randrange(3)):
@@ -149,8 +172,8 @@ def events(network: _Network, server: Server, choice: random.Random) -> Iterator
             yield client.protocol.resume_writing
         elif kind < 0.56 and network.later:
             yield network.later.pop(choice.randrange(len(network.later)))
-        elif kind < 0.58:
-            network.now += choice.choice((0.1, 5.0, 200.0))
+        elif kind < 0.60:
+            network.now += choice.choice((0.1, 1.0, 5.0, 200.0))
             yield network.tick
         elif engine is not None and kind < 0.90:
             if engine.reads:
@@ -170,10 +193,10 @@ async def play(fleet: Fleet, seed: int) -> dict[str, int]:
         for model in fleet.models
     )
     dispatcher = Dispatcher(fleet, RoundRobin(), engines)
-    limits = Limits(max_in_flight=4)
+    limits = Limits(max_in_flight=4, faults_to_open=choice.choice((1, 2)))
     watch = Watch(network)
     app = App(dispatcher, limits, watch)
-    for upstream in app.proxy.upstreams:
+    for upstream in app.upstreams.values():
         upstream.loop = network
     server = Server(app, limits, watch)
     server.loop = network
@@ -191,19 +214,49 @@ async def play(fleet: Fleet, seed: int) -> dict[str, int]:
         while network.later:
             network.later.pop()()
     assert dispatcher.in_flight == [[0, 0], [0]]
+    check_health(app, dispatcher)
+    await close(app, network)
     assert (app.proxy.num_in_flight, server.budget.held, server.connections) == (0, 0, set())
     busy = [one for one in network.engines if one.is_open and not one.protocol.is_idle]
     assert not busy, "an engine still works for a client that is gone"
     outcomes: dict[str, int] = {}
     for (_, _, outcome), count in app.metrics.requests.items():
         outcomes[outcome] = outcomes.get(outcome, 0) + count
+    for breaker in (breaker for of_model in app.health.breakers for breaker in of_model):
+        for what, count in (("openings", breaker.num_openings), ("returns", breaker.num_probes["ok"])):
+            outcomes[what] = outcomes.get(what, 0) + count
     return outcomes
+
+
+def check_health(app: App, dispatcher: Dispatcher) -> None:
+    """Requests go where a breaker is closed, and nowhere else."""
+    for model, of_model in enumerate(app.health.breakers):
+        if all(breaker.state is not State.CLOSED for breaker in of_model):
+            with pytest.raises(NoReplicaError):
+                dispatcher.begin(0, model)
+        else:
+            with dispatcher.route(0, model) as route:
+                assert app.health.of(route).state is State.CLOSED
+
+
+async def close(app: App, network: Any) -> None:
+    """After it the router asks nobody anything, however long one waits."""
+    app.close()
+    num_connections = len(network.engines)
+    for _ in range(5):
+        network.now += 1000.0
+        network.tick()
+        await asyncio.sleep(0)
+        while network.later:
+            network.later.pop()()
+    assert len(network.engines) == num_connections
+    assert not any(one.is_open for one in network.engines)
 
 
 @pytest.mark.parametrize("batch", range(4))
 def test_counts_end_at_zero_after_any_order_of_events(fleet: Fleet, batch: int) -> None:
-    totals = dict.fromkeys(("ok", "refused", "failed", "cancelled"), 0)
+    totals = dict.fromkeys(("ok", "refused", "failed", "cancelled", "openings", "returns"), 0)
     for seed in range(batch * 1000, batch * 1000 + 1000):
         for outcome, count in asyncio.run(play(fleet, seed)).items():
             totals[outcome] += count
-    assert min(totals.values()) > 100, totals  # every way to end was among them
+    assert min(totals.values()) > 50, totals  # every way to end, and to fail and return, was among them

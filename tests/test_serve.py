@@ -1,5 +1,6 @@
 """`besteffort serve` as a process, in front of an engine that is only played."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
 from tests.routing import completion, read_all, read_response
 
@@ -160,3 +162,27 @@ def test_options_that_cannot_be_meant_are_refused(
     assert done.returncode == 2
     assert saying in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.vllm
+def test_a_vllm_server_that_is_killed_is_started_again_and_answers_again(tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: run `make setup`")
+    shipped = (ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml").read_text()
+    top, smallest, *_ = shipped.split("[[models]]")
+    task = shipped.partition("[[tasks]]")
+    (tmp_path / "fleet.toml").write_text(f"{top}[[models]]{smallest}{''.join(task[1:])}")
+    with serving(tmp_path) as (process, url, _), connect(url) as client:
+        client.settimeout(120)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        os.kill(int(children[0]), signal.SIGKILL)
+        wait_for(lambda: status_of(client, b"{}") in (502, 503))
+        assert process.stderr is not None
+        assert "died with exit status -9 and is started again" in process.stderr.readline()
+        wait_for(lambda: status_of(client, b'{"prompt":"a","max_tokens":2}') == 200, 300.0)
+
+
+def status_of(client: socket.socket, body: bytes) -> int:
+    client.sendall(completion(body))
+    return read_response(client)[0].status

@@ -388,7 +388,8 @@ def test_counts_end_at_zero_after_any_mixture_of_ends(fleet: Fleet) -> None:
                 if choice.random() < 0.3:
                     reset(connection)
 
-    with door(fleet, engine, limited(between_bytes_s=0.2, first_byte_s=0.2, max_in_flight=40)) as one:
+    limits = limited(between_bytes_s=0.2, first_byte_s=0.2, max_in_flight=40, faults_to_open=10**9)
+    with door(fleet, engine, limits) as one:
         threads = [threading.Thread(target=client, args=(ways.randrange(10**9),)) for _ in range(16)]
         for thread in threads:
             thread.start()

@@ -21,16 +21,27 @@ class Child:
     def __init__(self, title: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
         self.title = title
         self.log = log
+        self._command = list(command)
+        self._env = dict(env)
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")
+        self._process = self._start()
+
+    def start_again(self) -> None:
+        """After it died. The log goes on, and what the dead one left running is ended."""
+        self._signal(signal.SIGKILL)
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         tether = [sys.executable, "-m", "besteffort.engines.tether", str(os.getpid())]
-        with log.open("wb") as output:
+        with self.log.open("ab") as output:
             # A session of its own: a Ctrl-C in the terminal reaches us alone, and we end it in order.
-            self._process = subprocess.Popen(
-                [*tether, *command],
+            return subprocess.Popen(
+                [*tether, *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **env},
+                env={**os.environ, **self._env},
                 start_new_session=True,
             )
 
@@ -38,9 +49,14 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def exit_status(self) -> int | None:
+        """None while it lives; negative: the signal that ended it."""
+        return self._process.poll()
+
     def check(self) -> None:
         """Raise `EngineError` with the end of the log if it has died."""
-        status = self._process.poll()
+        status = self.exit_status
         if status is not None:
             raise EngineError(
                 f"{self.title} died with exit status {status}; the end of its log, {self.log}:\n"

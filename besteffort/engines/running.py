@@ -12,6 +12,7 @@ from typing import Any
 
 from besteffort.engines.child import Child, free_port
 from besteffort.engines.gpus import gpu_names
+from besteffort.engines.supervisor import Supervisor
 from besteffort.engines.vllm import start_server
 from besteffort.errors import EngineError, UsageError
 from besteffort.fleet import Fleet, Model
@@ -35,8 +36,12 @@ Urls = Mapping[str, Sequence[str]]  # of servers that already run, by model name
 
 
 @contextmanager
-def running_engines(fleet: Fleet, fleet_dir: Path, attached: Urls, progress: Progress) -> Iterator[Engines]:
+def running_engines(
+    fleet: Fleet, fleet_dir: Path, attached: Urls, progress: Progress, *, supervised: bool = False
+) -> Iterator[Engines]:
     """Every replica of the fleet, ready to answer; those started here are stopped at the end.
+
+    If `supervised`, one that was started here and dies is started again, at the same URL.
 
     Raises:
         UsageError: `attached` names a model or a number of replicas that the fleet does not have,
@@ -47,6 +52,7 @@ def running_engines(fleet: Fleet, fleet_dir: Path, attached: Urls, progress: Pro
     if len(urls) < len(fleet.models):
         _check_hardware(fleet)
     children: list[tuple[Child, str]] = []
+    supervisor = Supervisor(progress)
     try:
         by_model = []
         for model in fleet.models:
@@ -59,12 +65,17 @@ def running_engines(fleet: Fleet, fleet_dir: Path, attached: Urls, progress: Pro
         if children:
             with progress.bar(f"Starting {len(children)} vLLM servers", len(children)) as bar:
                 wait_until_healthy(children, fleet.engine.start_timeout_s, bar)
-        yield tuple(tuple(_engine(url) for url in of_model) for of_model in by_model)
+        engines = tuple(tuple(_engine(url) for url in of_model) for of_model in by_model)
+        if supervised:
+            supervisor.start([child for child, _ in children])
+        yield engines
     finally:
+        supervisor.rest()
         for child, _ in children:
             child.ask_to_stop()
         for child, _ in children:
             child.stop()
+        supervisor.close()
 
 
 def _attached_urls(fleet: Fleet, attached: Urls) -> dict[str, list[str]]:

@@ -1,19 +1,24 @@
 """The router's endpoints, put together: what the server serves."""
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+import numpy as np
+
 from besteffort.router.addressing import model_ids
 from besteffort.router.api_key import ApiKey
 from besteffort.router.dispatcher import Dispatcher
+from besteffort.router.health import Health
 from besteffort.router.limits import Limits
 from besteffort.router.message import Job, Reply, Request, Responder
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_reply
 from besteffort.router.proxy import Proxy
+from besteffort.router.upstream import Upstream
 from besteffort.router.watch import Watch
 
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,10 +46,20 @@ class App:
         api_key: ApiKey | None = None,
         protect_metrics: bool = False,
         forward_authorization: bool = False,
+        rng: np.random.Generator | None = None,
     ) -> None:
-        self.metrics = Metrics(dispatcher)
+        loop = asyncio.get_running_loop()
+        engines = {engine for of_model in dispatcher.engines for engine in of_model}
+        self.upstreams = {engine: Upstream(engine.url, limits, watch, loop) for engine in engines}
+        self.health = Health(dispatcher, self.upstreams, rng or np.random.default_rng())
+        self.metrics = Metrics(dispatcher, self.health)
         self.proxy = Proxy(
-            dispatcher, self.metrics, limits, watch, forward_authorization=forward_authorization
+            dispatcher,
+            self.upstreams,
+            self.health,
+            self.metrics,
+            limits,
+            forward_authorization=forward_authorization,
         )
         self._dispatcher = dispatcher
         self._api_key = api_key
@@ -83,7 +98,8 @@ class App:
         return endpoint.handle(request, responder)
 
     def close(self) -> None:
-        for upstream in self.proxy.upstreams:
+        self.health.close()
+        for upstream in self.upstreams.values():
             upstream.close()
 
     def _find(self, target: bytes) -> Endpoint | None:
@@ -107,11 +123,13 @@ class App:
     def _say_health(self, request: Request, responder: Responder) -> None:
         fleet = self._dispatcher.fleet
         names = {"fleet": fleet.name, "models": fleet.model_names, "tasks": fleet.task_names}
-        responder.reply(_json({"status": "ok", "policy": self._dispatcher.policy.name, **names}))
+        about = {"policy": self._dispatcher.policy.name, **names, "breakers": self.health.states}
+        status = self.health.status
+        responder.reply(_json({"status": status, **about}, 503 if status == "down" else 200))
 
     def _show_metrics(self, request: Request, responder: Responder) -> None:
         responder.reply(Reply(200, self.metrics.render(), _EXPOSITION))
 
 
-def _json(value: object) -> Reply:
-    return Reply(200, json.dumps(value).encode())
+def _json(value: object, status: int = 200) -> Reply:
+    return Reply(status, json.dumps(value).encode())

@@ -27,5 +27,9 @@ class Limits:
     between_bytes_s: float = 120.0
     total_s: float = 3_600.0
     max_idle: int = 256  # connections kept open to each engine
+    faults_to_open: int = 3  # in a row, before an engine gets no more requests
+    probe_wait_s: float = 0.5  # before it is asked how it is; twice as long each time that it is not well
+    max_probe_wait_s: float = 10.0
+    probe_s: float = 5.0  # it has to answer
     # When we are told to stop.
     grace_s: float = 10.0

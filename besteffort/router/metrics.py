@@ -11,17 +11,21 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from besteffort.router.breaker import State
 from besteffort.router.dispatcher import Dispatcher, Route
+from besteffort.router.health import Health
 from besteffort.router.histogram import Histogram
 
 _LATENCY_BUCKETS_MS = (2, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 400, 800, 1600)
 _TTFT_BUCKETS_MS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240)
+_STATES = (State.CLOSED, State.HALF_OPEN, State.OPEN)
 _DECISION_BUCKETS_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
 
 
 class Metrics(Collector):
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, health: Health) -> None:
         self._dispatcher = dispatcher
+        self._health = health
         # By task, model and outcome, whether the deadline was met, or replica.
         self.requests: Counter[tuple[int, int, str]] = Counter()
         self._deadlines: Counter[tuple[int, int, str]] = Counter()
@@ -94,6 +98,7 @@ class Metrics(Collector):
             sum_value=decision.sum,
         )
         yield self._in_flight()
+        yield from self._breakers()
         yield GaugeMetricFamily(
             "besteffort_arrival_rate_per_second",
             "Arrival rate over the last 5 arrivals, as the policy saw it last.",
@@ -118,6 +123,24 @@ class Metrics(Collector):
             for replica, count in enumerate(counts):
                 family.add_metric([name, str(replica)], count)
         return family
+
+    def _breakers(self) -> Iterable[Metric]:
+        labels = ["model", "replica"]
+        state = GaugeMetricFamily(
+            "besteffort_breaker_state", "0: closed, requests pass; 1: half-open; 2: open.", labels=labels
+        )
+        openings = CounterMetricFamily("besteffort_breaker_openings", "How often it opened.", labels=labels)
+        probes = CounterMetricFamily(
+            "besteffort_probes", "Questions to an engine whether it is well.", labels=[*labels, "outcome"]
+        )
+        for name, of_model in zip(self._dispatcher.fleet.model_names, self._health.breakers, strict=True):
+            for replica, breaker in enumerate(of_model):
+                at = [name, str(replica)]
+                state.add_metric(at, _STATES.index(breaker.state))
+                openings.add_metric(at, breaker.num_openings)
+                for outcome, count in breaker.num_probes.items():
+                    probes.add_metric([*at, outcome], count)
+        return state, openings, probes
 
     def _names(self, task: int, model: int) -> list[str]:
         fleet = self._dispatcher.fleet

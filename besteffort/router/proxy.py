@@ -1,16 +1,16 @@
 """One request's way: read, routed, sent to its engine, and the answer's bytes passed on as they come."""
 
-import asyncio
 import itertools
 import math
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from besteffort.engines.running import Engine
 from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
+from besteffort.router.health import Health
 from besteffort.router.limits import Limits
 from besteffort.router.message import Header, Job, Refusal, Reply, Request, Responder, date_line, header_lines
 from besteffort.router.metrics import Metrics
@@ -18,7 +18,6 @@ from besteffort.router.openai_errors import error_event, error_reply
 from besteffort.router.request_body import RequestBody
 from besteffort.router.token_count import PlainCount, StreamCount, TokenCount
 from besteffort.router.upstream import Call, Fault, Upstream
-from besteffort.router.watch import Watch
 
 DEADLINE_HEADER = "x-besteffort-deadline-ms-per-token"
 _TASK = TASK_HEADER.encode()
@@ -55,22 +54,22 @@ class Proxy:
     def __init__(
         self,
         dispatcher: Dispatcher,
+        upstreams: Mapping[Engine, Upstream],
+        health: Health,
         metrics: Metrics,
         limits: Limits,
-        watch: Watch,
         *,
         forward_authorization: bool = False,
     ) -> None:
         self.dispatcher = dispatcher
+        self.health = health
         self.metrics = metrics
         self.limits = limits
         self.num_in_flight = 0
         self.forward_authorization = forward_authorization
         self.receipts = Receipts(dispatcher)
         self._addresses = Addresses(dispatcher.fleet)
-        loop = asyncio.get_running_loop()
-        engines = {engine for of_model in dispatcher.engines for engine in of_model}
-        self._upstreams = {engine: Upstream(engine.url, limits, watch, loop) for engine in engines}
+        self._upstreams = upstreams
         self._process = secrets.token_hex(8).encode()
         self._numbers = itertools.count(1)
 
@@ -93,10 +92,6 @@ class Proxy:
 
     def upstream_of(self, engine: Engine) -> Upstream:
         return self._upstreams[engine]
-
-    @property
-    def upstreams(self) -> list[Upstream]:
-        return list(self._upstreams.values())
 
     def _request_id(self, request: Request) -> bytes:
         given = request.headers.get(b"x-request-id")
@@ -201,6 +196,7 @@ class Exchange:
     def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None:
         self._begun = True
         self._status = status
+        self._proxy.health.of(self._route).answered(status)
         self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
         lines, self._streams = _passed_out(headers)
         if status < 400:
@@ -225,6 +221,8 @@ class Exchange:
         self._responder.end()
 
     def on_fault(self, fault: Fault) -> None:
+        if not self._begun:
+            self._proxy.health.of(self._route).failed()
         if not self._begun and fault.kind in _RETRIED and self._try_another():
             return
         self._end("failed")

@@ -53,7 +53,7 @@ def serve(
         progress.say(f"warning: whoever reaches {host} can use this router; give --api-key to change that")
     _raise_file_limit()
     with _listen(host, port) as listener:
-        with running_engines(fleet, fleet_dir, attached, progress) as engines:
+        with running_engines(fleet, fleet_dir, attached, progress, supervised=True) as engines:
             scheme = "http" if settings.tls is None else "https"
             at = f"[{host}]" if ":" in host else host
             url = f"{scheme}://{at}:{listener.getsockname()[1]}"

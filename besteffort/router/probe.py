@@ -1,0 +1,47 @@
+"""A question of our own to an engine: is it well?"""
+
+from collections.abc import Callable, Sequence
+
+from besteffort.router.message import Header
+from besteffort.router.upstream import Fault, Upstream
+
+
+class Probe:
+    """Sends `GET /health` at once; `hear` is called once with the answer, but never after `cancel`.
+
+    Well is an engine that gives a whole answer below 500 in time: one that has no such path is there too.
+    """
+
+    def __init__(self, upstream: Upstream, hear: Callable[[bool], None]) -> None:
+        self._hear = hear
+        self._status = 0
+        request = b"GET %b/health HTTP/1.1\r\nhost: %b\r\n\r\n" % (upstream.base_path, upstream.authority)
+        self._call = upstream.send([request], self)
+        self._timer = upstream.loop.call_later(upstream.limits.probe_s, self._give_up)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+        self._call.cancel()
+
+    def _give_up(self) -> None:
+        self._call.cancel()
+        self._hear(False)
+
+    # What the engine's connection says: see `Sink`.
+
+    def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None:
+        self._status = status
+
+    def on_body(self, data: bytes) -> None:
+        pass
+
+    def on_batch(self) -> None:
+        pass
+
+    def on_end(self) -> None:
+        self._timer.cancel()
+        self._hear(self._status < 500)
+
+    def on_fault(self, fault: Fault) -> None:
+        self._timer.cancel()
+        self._hear(False)

@@ -1,0 +1,349 @@
+"""Engines that die, hang and come back, and whom requests go to meanwhile."""
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+
+from besteffort.engines.child import free_port
+from besteffort.engines.running import Engine
+from besteffort.fleet import Fleet
+from besteffort.policies import Static
+from besteffort.router import Dispatcher, Limits
+from besteffort.router.breaker import Breaker, State
+from tests.fake_engine import EngineProcess, FakeEngine, plain_answer, serving, wait_for
+from tests.routing import Door, completion, door, limited, routing
+
+_WELL = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+_LARGE = completion(b'{"model":"large"}')
+
+
+@dataclass
+class Trio:
+    """Two small engines, of which the first can be killed, and a large one behind a router."""
+
+    url: str
+    mortal: EngineProcess
+    other: FakeEngine  # of the small ones
+    dispatcher: Dispatcher
+
+    def ask(self, **body: Any) -> tuple[int, str, bytes]:
+        """Status, which model and replica answered, and the answer."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            response = connection.getresponse()
+            told = response.headers
+            at = f"{told['x-besteffort-model']} {told['x-besteffort-replica']}"
+            return response.status, at, response.read()
+
+    def stream(self, stack: contextlib.ExitStack) -> http.client.HTTPResponse:
+        """An answer that an engine has begun."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=20)
+        stack.callback(connection.close)
+        body = {"model": "besteffort", "stream": True, "max_tokens": 9}
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        return stack.enter_context(connection.getresponse())
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    @property
+    def health(self) -> tuple[int, str, list[str]]:
+        """Status code, status in words, breakers of the small engines."""
+        code, body = self.get("/health")
+        told = json.loads(body)
+        return code, told["status"], told["breakers"]["small"]
+
+
+@pytest.fixture
+def trio(fleet: Fleet) -> Iterator[Trio]:
+    with contextlib.ExitStack() as stack:
+        mortal = EngineProcess(free_port(), step_s=60.0)
+        stack.callback(mortal.kill)
+        small, large = FakeEngine("small"), FakeEngine("large")
+        urls = [mortal.url, *(stack.enter_context(serving(fake.app)) for fake in (small, large))]
+        engines = ((Engine(urls[0], "x"), Engine(urls[1], "x")), (Engine(urls[2], "x"),))
+        dispatcher = Dispatcher(fleet, Static(0, "static:small"), engines)
+        url = stack.enter_context(routing(dispatcher, limited(probe_wait_s=0.1, max_probe_wait_s=0.2)))
+        yield Trio(url, mortal, small, dispatcher)
+
+
+def test_when_an_engine_is_killed_under_load_no_request_fails_and_it_gets_none_until_it_is_back(
+    trio: Trio,
+) -> None:
+    trio.other.step_s = 0.1
+    with ThreadPoolExecutor(40) as clients:
+        asked = [clients.submit(trio.ask, model="besteffort", max_tokens=20) for _ in range(40)]
+        wait_for(lambda: trio.dispatcher.in_flight[0][0] >= 15)  # the other answers after 2 s
+        trio.mortal.kill()
+        answers = [one.result() for one in asked]
+    assert {(status, at) for status, at, _ in answers} == {(200, "small 1")}
+    assert trio.health[:2] == (200, "degraded")
+    assert trio.health[2][0] in ("open", "half-open")
+    metrics = trio.get("/metrics")[1].decode()
+    assert 'besteffort_breaker_openings_total{model="small",replica="0"} 1.0' in metrics
+    assert 'besteffort_breaker_state{model="small",replica="1"} 0.0' in metrics
+    assert 'besteffort_breaker_state{model="small",replica="0"} 0.0' not in metrics
+    assert 'besteffort_retries_total{model="small",replica="0",task="copa"}' in metrics
+    retries = [line for line in metrics.splitlines() if line.startswith("besteffort_retries_total{")]
+    assert [trio.ask(model="besteffort", max_tokens=0)[1] for _ in range(5)] == ["small 1"] * 5
+    assert retries[0] in trio.get("/metrics")[1].decode(), "one was sent there meanwhile"
+    trio.mortal.start()
+    wait_for(lambda: trio.health == (200, "ok", ["closed", "closed"]))
+    assert trio.ask(model="besteffort", max_tokens=0)[:2] == (200, "small 0")
+    metrics = trio.get("/metrics")[1].decode()
+    assert 'besteffort_probes_total{model="small",outcome="ok",replica="0"} 1.0' in metrics
+    wait_for(lambda: trio.dispatcher.in_flight == [[0, 0], [0]])
+
+
+def test_streams_that_had_begun_at_an_engine_that_is_killed_end_with_an_error_event(trio: Trio) -> None:
+    trio.other.step_s = 0.05
+    ends = set()
+    with contextlib.ExitStack() as stack:
+        streams = [trio.stream(stack) for _ in range(8)]
+        trio.mortal.kill()
+        for stream in streams:
+            assert stream.status == 200
+            last = stream.read().rstrip().rpartition(b"data: ")[2]
+            end = "whole" if last == b"[DONE]" else json.loads(last)["error"]["code"]
+            ends.add((stream.headers["x-besteffort-replica"], end))
+    assert ends == {("0", "engine_failed"), ("1", "whole")}
+    wait_for(lambda: trio.dispatcher.in_flight == [[0, 0], [0]])
+
+
+def test_a_model_of_which_every_replica_is_down_is_refused_to_who_insists_and_others_are_served(
+    fleet: Fleet,
+) -> None:
+    dead = [Engine(f"http://127.0.0.1:{free_port()}", "x") for _ in range(2)]
+    with door(fleet, lambda connection, _: connection.sendall(plain_answer())) as one:
+        engines = ((dead[0], dead[1]), one.dispatcher.engines[1])
+        dispatcher = Dispatcher(fleet, Static(0, "static:small"), engines)
+        with routing(dispatcher, limited(probe_wait_s=60.0, max_probe_wait_s=60.0)) as url:
+            before = Door(url, one.engine, dispatcher)
+            for _ in range(3):
+                assert before.ask(completion(b"{}"))[0].headers["x-besteffort-model"] == "large"
+            response, body = before.ask(completion(b'{"model":"small"}'))
+            assert (response.status, json.loads(body)["error"]["code"]) == (503, "no_replica")
+            assert response.headers["retry-after"] == "1"
+            _, metrics = before.ask(b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert b'besteffort_retries_total{model="small",replica="1",task="copa"} 3.0' in metrics
+            assert before.ask(completion(b"{}"))[0].headers["x-besteffort-model"] == "large"
+            _, after = before.ask(b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n")
+            assert b'besteffort_retries_total{model="small",replica="1",task="copa"} 3.0' in after
+
+
+@dataclass
+class Moody:
+    """A script for a `RawEngine`: what it does with requests, and how it says that it is."""
+
+    answer: Callable[[socket.socket], None]
+    says: Callable[[socket.socket], None] = lambda connection: connection.sendall(_WELL)
+    engine: Any = None
+    num_probes: int = field(default=0)
+
+    def __call__(self, connection: socket.socket, number: int) -> None:
+        if self.engine.requests[number].startswith(b"GET /health "):
+            self.num_probes += 1
+            self.says(connection)
+        else:
+            self.answer(connection)
+
+
+@contextlib.contextmanager
+def moody(fleet: Fleet, script: Moody, **limits: float) -> Iterator[Door]:
+    with door(fleet, script, limited(**{"probe_wait_s": 0.05, "max_probe_wait_s": 0.1} | limits)) as one:
+        script.engine = one.engine
+        yield one
+
+
+def health(one: Door) -> tuple[int, dict[str, Any]]:
+    response, body = one.ask(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+    return response.status, json.loads(body)
+
+
+def metric(one: Door, name: str) -> float:
+    _, body = one.ask(b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n")
+    return float(body.partition(name.encode())[2].split()[0])
+
+
+def says_nothing(connection: socket.socket) -> None:
+    while connection.recv(1):
+        pass
+
+
+_GOOD = plain_answer()
+
+
+def test_no_request_passes_while_an_engine_is_asked_how_it_is(fleet: Fleet) -> None:
+    go_on = threading.Event()
+
+    def after_a_while(connection: socket.socket) -> None:
+        go_on.wait(20)
+        connection.sendall(_WELL)
+
+    script = Moody(answer=socket.socket.close, says=after_a_while)
+    with moody(fleet, script) as one:
+        for _ in range(3):
+            assert one.ask(_LARGE)[0].status == 502
+        wait_for(lambda: script.num_probes == 1)
+        assert (health(one)[0], health(one)[1]["status"]) == (503, "down")
+        assert health(one)[1]["breakers"] == {"small": ["half-open", "half-open"], "large": ["half-open"]}
+        for body in (b'{"model":"large"}', b"{}"):
+            response, _ = one.ask(completion(body))
+            assert (response.status, response.headers["retry-after"]) == (503, "1")
+        script.answer = lambda connection: connection.sendall(_GOOD)
+        go_on.set()
+        wait_for(lambda: health(one)[1]["status"] == "ok")
+        assert health(one)[0] == 200
+        assert one.ask(_LARGE)[0].status == 200
+        assert script.num_probes == 1
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        says_nothing,
+        socket.socket.close,
+        lambda connection: connection.sendall(b"garbage\r\n\r\n"),
+        lambda connection: connection.sendall(b"HTTP/1.1 503 Dead\r\ncontent-length: 0\r\n\r\n"),
+        lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"),
+    ],
+    ids=["nothing", "it closes", "garbage", "503", "half an answer"],
+)
+def test_an_engine_is_asked_until_it_is_well(fleet: Fleet, says: Callable[[socket.socket], None]) -> None:
+    script = Moody(answer=socket.socket.close, says=says)
+    with moody(fleet, script, probe_s=0.2) as one:
+        one.ask(completion(b"{}"))
+        wait_for(
+            lambda: metric(one, 'besteffort_probes_total{model="large",outcome="failed",replica="0"}') >= 2
+        )
+        assert health(one)[1]["status"] == "down"
+        script.says = lambda connection: connection.sendall(b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n")
+        wait_for(lambda: health(one)[1]["status"] == "ok")
+        assert metric(one, 'besteffort_breaker_openings_total{model="large",replica="0"}') == 1
+
+
+def test_an_engine_that_is_well_by_its_own_account_but_hangs_is_tried_with_one_request(fleet: Fleet) -> None:
+    script = Moody(answer=says_nothing)
+    with moody(fleet, script, first_byte_s=0.2) as one:
+        for num_openings, num_requests in ((1, 3), (2, 1), (3, 1)):
+            for _ in range(num_requests):
+                assert one.ask(_LARGE)[0].status == 504
+            name = 'besteffort_breaker_openings_total{model="large",replica="0"}'
+            assert metric(one, name) == num_openings
+            wait_for(lambda: health(one)[1]["status"] == "ok")
+        script.answer = lambda connection: connection.sendall(_GOOD)
+        assert one.ask(_LARGE)[0].status == 200
+        script.answer = says_nothing
+        for _ in range(2):
+            assert one.ask(_LARGE)[0].status == 504
+        assert metric(one, name) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "counts"), [(500, False), (502, True), (503, True), (504, True), (429, False)]
+)
+def test_a_gateway_without_its_engine_is_one_that_fails_and_its_words_are_passed_on(
+    fleet: Fleet, status: int, counts: bool
+) -> None:
+    answer = b"HTTP/1.1 %d X\r\ncontent-length: 2\r\n\r\n{}" % status
+    script = Moody(answer=lambda connection: connection.sendall(answer))
+    with moody(fleet, script, probe_wait_s=60.0, max_probe_wait_s=60.0) as one:
+        for _ in range(3):
+            response, body = one.ask(_LARGE)
+            assert (response.status, body) == (status, b"{}")
+        assert (health(one)[1]["status"] == "down") == counts
+
+
+class Played:
+    """An engine without a network: a test says when time passes and what the engine answers."""
+
+    def __init__(self) -> None:
+        self.limits = Limits(probe_wait_s=1.0, max_probe_wait_s=10.0, faults_to_open=2)
+        self.loop = self
+        self.base_path, self.authority = b"", b"a"
+        self.up = True
+        self.waits_s: list[float] = []
+        self.breaker = Breaker(self, self.turn, np.random.default_rng(1))  # type: ignore[arg-type]
+
+    def turn(self, up: bool) -> None:
+        assert up != self.up, "it was so already"
+        self.up = up
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> "Played":
+        if callback == self.breaker._ask:
+            self.waits_s.append(delay_s)
+            self.ask = callback
+        return self
+
+    def send(self, request: list[bytes], sink: Any) -> "Played":
+        self.sink = sink
+        return self
+
+    def cancel(self) -> None:
+        pass
+
+    def probe(self, status: int) -> None:
+        self.ask()
+        assert self.breaker.state is State.HALF_OPEN
+        self.sink.on_head(status, [], 0)
+        self.sink.on_end()
+
+
+def test_each_wait_is_twice_as_long_up_to_a_limit_and_none_is_quite_the_same() -> None:
+    engine = Played()
+    engine.breaker.failed()
+    assert (engine.up, engine.waits_s) == (True, [])
+    for _ in range(100):  # all that were at the engine when it died
+        engine.breaker.failed()
+    assert (engine.up, engine.breaker.num_openings, len(engine.waits_s)) == (False, 1, 1)
+    for _ in range(40):
+        engine.probe(500)
+    longest = np.minimum(2.0 ** np.arange(41), 10.0)
+    assert np.all((longest / 2 <= engine.waits_s) & (engine.waits_s <= longest))
+    assert len(set(engine.waits_s)) == 41
+
+
+def test_waits_begin_anew_only_after_a_request_was_answered() -> None:
+    engine = Played()
+    engine.breaker.failed()
+    engine.breaker.answered(200)  # not in a row
+    engine.breaker.failed()
+    assert engine.up
+    engine.breaker.failed()
+    for _ in range(3):
+        engine.probe(503)
+    engine.probe(200)
+    assert engine.up
+    engine.breaker.failed()
+    assert not engine.up
+    assert engine.waits_s[-1] >= 5.0
+    engine.probe(200)
+    engine.breaker.answered(200)
+    engine.breaker.failed()
+    assert engine.up
+    engine.breaker.failed()
+    assert not engine.up
+    assert engine.waits_s[-1] <= 1.0
+
+
+def test_an_answer_from_before_it_opened_does_not_close_it() -> None:
+    engine = Played()
+    for _ in range(2):
+        engine.breaker.failed()
+    engine.breaker.answered(200)
+    assert (engine.up, engine.breaker.state) == (False, State.OPEN)
