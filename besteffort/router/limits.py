@@ -13,7 +13,7 @@ class Limits:
     max_connections: int = 16_384
     max_in_flight: int = 4_096  # requests at the engines; those beyond are told to come again
     max_url: int = 2_048
-    max_headers: int = 100
+    max_headers: int = 100  # of different names
     max_head: int = 32 * 1024  # all of a request or an answer before its body
     max_body: int = 32 * MEBIBYTE
     max_held: int = 512 * MEBIBYTE  # bodies of all requests together

@@ -48,7 +48,7 @@ class RequestReader:
     def _clear(self) -> None:
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
-        self._num_headers = self._num_head = self._num_body = 0
+        self._num_head = self._num_body = 0
         self._parts: list[bytes] = []
         self._request: Request | None = None
         self._refusal: Reply | None = None
@@ -95,21 +95,20 @@ class RequestReader:
             raise _refusal(414, f"The URL is longer than {self._limits.max_url} bytes", "url_too_long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._num_headers += 1
+        headers, limits = self._headers, self._limits
         self._num_head += len(name) + len(value) + 4
-        limits = self._limits
-        if self._num_headers > limits.max_headers or self._num_head > limits.max_head:
+        if self._num_head > limits.max_head or len(headers) >= limits.max_headers:
             message = f"More than {limits.max_headers} headers, or {limits.max_head} bytes of them"
             raise _refusal(431, message, "head_too_large")
         if self._request is not None:
             return  # a trailer, which nobody asked for
         name = name.lower()
-        if name not in self._headers:
-            self._headers[name] = value
+        if name not in headers:
+            headers[name] = value
         elif name in _ONCE:
             raise _refusal(400, f"The header {name.decode()} is there twice", "bad_request")
         else:
-            self._headers[name] += b", " + value
+            headers[name] += b", " + value
 
     def on_headers_complete(self) -> None:
         self._silent = 0

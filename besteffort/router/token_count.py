@@ -33,7 +33,8 @@ class PlainCount:
         self.total = 0
 
     def feed(self, data: bytes) -> None:
-        data = self._tail + data
+        if self._tail:
+            data = self._tail + data
         if _USAGE_KEY in data:
             for match in _USAGE.finditer(data):
                 self.total = int(match[1])
