@@ -3,8 +3,11 @@
 import asyncio
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
+
+from tests.benchmarks.mock_engine import STREAM_S
 
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _STAMP = re.compile(rb"@(\d+\.\d+)@")
@@ -77,15 +80,24 @@ class _Loop(asyncio.Protocol):
         return len(self._buffer) >= head + 4 + int(length[1])
 
 
-async def drive(port: int, *, num_connections: int, duration_s: float, stream: bool = False) -> Sample:
-    """What `num_connections` loops saw in `duration_s`; each ends with its last answer."""
+async def drive(
+    ports: Sequence[int], *, num_connections: int, duration_s: float, stream: bool = False
+) -> Sample:
+    """What `num_connections` loops saw in `duration_s`; each ends with its last answer.
+
+    Streams begin one after the other, so that their tokens do not all come at once.
+    """
     sample = Sample()
     until = time.perf_counter() + duration_s
     loop = asyncio.get_running_loop()
     request = request_bytes(stream=stream)
-    loops = [
-        (await loop.create_connection(lambda: _Loop(request, sample, until), "127.0.0.1", port))[1]
-        for _ in range(num_connections)
-    ]
+    loops = []
+    for number in range(num_connections):
+        port = ports[number % len(ports)]
+        loops.append(
+            (await loop.create_connection(lambda: _Loop(request, sample, until), "127.0.0.1", port))[1]
+        )
+        if stream:
+            await asyncio.sleep(STREAM_S / num_connections)
     await asyncio.gather(*(one.done for one in loops))
     return sample

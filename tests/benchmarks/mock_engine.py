@@ -14,6 +14,7 @@ import uvloop
 
 NUM_TOKENS = 32
 STEP_S = 0.020
+STREAM_S = NUM_TOKENS * STEP_S
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n"
 

@@ -63,8 +63,8 @@ class Figures:
 @dataclass
 class Contender:
     name: str
-    port: int
-    pid: int | None  # None: no router at all, but one of the engines itself
+    ports: tuple[int, ...]
+    pid: int | None  # None: no router at all, but the engines themselves
     figures: Figures = field(default_factory=Figures)
 
 
@@ -183,18 +183,18 @@ def _cpu_s(pid: int) -> float:
 
 
 async def _measure(contender: Contender, seconds: float) -> None:
-    figures, port = contender.figures, contender.port
-    await drive(port, num_connections=NUM_CONNECTIONS, duration_s=seconds / 10)  # warm
+    figures, ports = contender.figures, contender.ports
+    await drive(ports, num_connections=NUM_CONNECTIONS, duration_s=seconds / 10)  # warm
     cpu_before = 0.0 if contender.pid is None else _cpu_s(contender.pid)
     began_at = time.perf_counter()
-    full = await drive(port, num_connections=NUM_CONNECTIONS, duration_s=seconds)
+    full = await drive(ports, num_connections=NUM_CONNECTIONS, duration_s=seconds)
     figures.per_s.append(len(full.latency_s) / (time.perf_counter() - began_at))
     if contender.pid is not None:
         figures.cpu_s.append((_cpu_s(contender.pid) - cpu_before) / len(full.latency_s))
-    alone = await drive(port, num_connections=1, duration_s=seconds)
+    alone = await drive(ports, num_connections=1, duration_s=seconds)
     figures.p50_s.append(float(np.percentile(alone.latency_s, 50)))
     figures.p99_s.append(float(np.percentile(alone.latency_s, 99)))
-    streams = await drive(port, num_connections=NUM_CONNECTIONS, duration_s=seconds, stream=True)
+    streams = await drive(ports, num_connections=NUM_CONNECTIONS, duration_s=seconds, stream=True)
     figures.ttft_s.append(statistics.median(streams.ttft_s))
     figures.transit_s.append(statistics.median(streams.transit_s))
     figures.num_failed += sum(sample.num_failed for sample in (full, alone, streams))
@@ -245,7 +245,7 @@ def main() -> None:
             command = [sys.executable, "-m", "tests.benchmarks.mock_engine", str(port)]
             urls.append(f"http://127.0.0.1:{port}")
             stack.enter_context(_running(command, load_core, urls[-1]))
-        contenders = [Contender("no router", int(urls[0].rpartition(":")[2]), None)]
+        contenders = [Contender("no router", tuple(int(url.rpartition(":")[2]) for url in urls), None)]
         for name, command_of in _contenders(options.only).items():
             if name == "nginx" and _nginx_program() is None:
                 continue
@@ -253,7 +253,7 @@ def main() -> None:
             pid = stack.enter_context(
                 _running(command_of(port, urls), router_core, f"http://127.0.0.1:{port}")
             )
-            contenders.append(Contender(name, port, pid))
+            contenders.append(Contender(name, (port,), pid))
         for number in range(options.rounds):
             for contender in contenders:
                 uvloop.run(_measure(contender, options.seconds))
