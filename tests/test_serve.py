@@ -106,6 +106,8 @@ def refused(url: str) -> bool:
         connect(url).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it lay in the backlog when the listener was closed; the next is refused
+        return False
     return False
 
 
