@@ -1,6 +1,6 @@
 """The event loop against hand-computed cases, its promises, and a slow reference."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -230,10 +230,19 @@ class SlowReplica:
     prefilling: list[int] = field(default_factory=list)
     prefill_left_ms: float = 0.0
     steps_left: dict[int, float] = field(default_factory=dict)
+    begins_in_steps: float | None = None  # a prompt that came while others decode waits for their steps
+    may_begin: bool = True  # something has ended here
 
     @property
     def in_flight(self) -> int:
         return len(self.waiting) + len(self.prefilling) + len(self.steps_left)
+
+
+MEASURED = {
+    "context_ms_per_token": np.array([0.002, 0.01]),
+    "overhead_ms": np.array([3.0, 5.0]),
+    "pressure": np.array([[0.0, 0.2], [0.1, 0.0]]),
+}
 
 
 class SlowFleet:
@@ -252,16 +261,42 @@ class SlowFleet:
         self.last_ms = np.full(len(requests), np.nan)
 
     def slowdown(self, replica: SlowReplica) -> float:
-        busy = {r.model for r in self.replicas if r.device == replica.device and r.in_flight}
-        return float(self.latency.slowdown[replica.model, sum(1 << m for m in busy)])
+        running = dict.fromkeys(range(len(self.fleet.models)), 0)
+        seats = dict.fromkeys(running, 0)
+        for other in self.replicas:
+            if other.device == replica.device:
+                running[other.model] += other.in_flight
+                seats[other.model] += self.fleet.models[other.model].max_num_seqs
+        busy = [m for m, number in running.items() if number]
+        slow = self.latency.slowdown[replica.model, sum(1 << m for m in busy)]
+        for m in busy:
+            if m != replica.model:
+                slow += self.latency.pressure[replica.model, m] * np.log2(min(running[m], seats[m]) / 4)
+        return float(max(1.0, slow))
+
+    def context_ms(self, replica: SlowReplica) -> float:
+        prompts, outputs = self.requests.num_prompt_tokens, self.requests.num_output_tokens
+        tokens = sum(prompts[r] + outputs[r] // 2 for r in replica.steps_left)
+        return float(self.latency.context_ms_per_token[replica.model] * tokens)
 
     def step_ms(self, replica: SlowReplica) -> float:
-        return float(self.steps_ms[replica.model, len(replica.steps_left)] * self.slowdown(replica))
+        alone_ms = self.steps_ms[replica.model, len(replica.steps_left)] + self.context_ms(replica)
+        return float(alone_ms * self.slowdown(replica))
+
+    def waits_for_a_step(self, replica: SlowReplica) -> bool:
+        """Vllm reads a prompt only when it begins a step, and may have begun others ahead."""
+        if self.latency.lag_steps is None or not replica.steps_left or replica.may_begin:
+            return False
+        if replica.begins_in_steps is None:
+            left = next(iter(replica.steps_left.values()))
+            replica.begins_in_steps = left - np.floor(left + 1e-9) + self.latency.lag_steps
+        return replica.begins_in_steps > 1e-9
 
     def start_prefills(self) -> None:
         for replica in self.replicas:
-            if replica.prefilling:
+            if replica.prefilling or (replica.waiting and self.waits_for_a_step(replica)):
                 continue
+            replica.begins_in_steps, replica.may_begin = None, False
             room = self.fleet.models[replica.model].max_num_seqs - len(replica.steps_left)
             prompts = self.requests.num_prompt_tokens[replica.waiting[:room]]
             held = [*replica.steps_left]
@@ -285,7 +320,7 @@ class SlowFleet:
         steps_ms = self.steps_ms[replica.model]
         alone_ms = self.latency.prefill_ms(np.array([num_tokens]))[replica.model, 0]
         batch = len(replica.prefilling) + len(replica.steps_left)
-        return float(max(alone_ms, steps_ms[1]) + steps_ms[batch] - steps_ms[1])
+        return float(max(alone_ms, steps_ms[1]) + steps_ms[batch] - steps_ms[1] + self.context_ms(replica))
 
     def next_event_in_ms(self) -> float:
         waits = [np.inf]
@@ -293,7 +328,10 @@ class SlowFleet:
             if replica.prefilling:
                 waits.append(replica.prefill_left_ms * self.slowdown(replica))
             elif replica.steps_left:
-                waits.append(min(replica.steps_left.values()) * self.step_ms(replica))
+                num_steps = [*replica.steps_left.values()]
+                if replica.begins_in_steps is not None:
+                    num_steps.append(replica.begins_in_steps)
+                waits.append(min(num_steps) * self.step_ms(replica))
         return max(0.0, min(waits))
 
     def pass_time(self, elapsed_ms: float) -> None:
@@ -305,19 +343,23 @@ class SlowFleet:
             else:
                 for request in replica.steps_left:
                     replica.steps_left[request] -= elapsed_ms / step_ms
+                if replica.begins_in_steps is not None:
+                    replica.begins_in_steps -= elapsed_ms / step_ms
 
     def finish_what_is_done(self) -> None:
         for replica in self.replicas:
             if replica.prefilling and replica.prefill_left_ms < 1e-9:
                 for request in replica.steps_left:
                     replica.steps_left[request] -= 1
+                replica.may_begin = True
                 for request in replica.prefilling:
-                    self.first_ms[request] = self.now_ms
+                    self.first_ms[request] = self.now_ms + self.latency.overhead_ms[replica.model]
                     replica.steps_left[request] = float(self.requests.num_output_tokens[request] - 1)
                 replica.prefilling = []
             if not replica.prefilling:
                 for request in [r for r, left in replica.steps_left.items() if left < 1e-9]:
-                    self.last_ms[request] = self.now_ms
+                    replica.may_begin = True
+                    self.last_ms[request] = self.now_ms + self.latency.overhead_ms[replica.model]
                     del replica.steps_left[request]
 
     def advance(self, until_ms: float) -> None:
@@ -352,6 +394,8 @@ kv_limits = st.none() | st.integers(1200, 4000)
     mean_gap_ms=st.floats(1.0, 100.0),
     together=st.floats(1.0, 3.0),
     kv_cache_tokens=kv_limits,
+    lag_steps=st.sampled_from([None, 0, 1, 2]),
+    measured=st.booleans(),
 )
 def test_the_event_loop_agrees_with_a_slow_reference(
     seed: int,
@@ -361,12 +405,16 @@ def test_the_event_loop_agrees_with_a_slow_reference(
     mean_gap_ms: float,
     together: float,
     kv_cache_tokens: int | None,
+    lag_steps: int | None,
+    measured: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
     requests = random_requests(rng, 40, mean_gap_ms)
     models = rng.integers(0, 2, 40)
     fleet = make_fleet(replicas, num_gpus, max_num_seqs, kv_cache_tokens=kv_cache_tokens)
-    latency = make_latency(together)
+    latency = replace(make_latency(together), lag_steps=lag_steps)
+    if measured:  # what a modelled profile knows nothing of
+        latency = replace(latency, **MEASURED)
     fast = first_and_last_ms(simulate_choices(requests, fleet, latency, models))
     slow = SlowFleet(requests, fleet, latency).serve(models)
     np.testing.assert_allclose(fast, slow, rtol=1e-9, atol=1e-6)

@@ -89,12 +89,14 @@ def read_table(
     error: type[InputError],
     mend: str,
     also: Collection[str] = (),
+    older: Collection[int] = (),
 ) -> tuple[pa.Table, dict[str, Any]]:
     """Read a Parquet file of a known kind; returns its table and its provenance.
 
     Columns of `schema` are checked and cast; further columns are kept as they are. A file that
     `besteffort` did not write has no label and no provenance; it is taken if its columns fit. So
-    is one of the kinds `also`, whose columns hold this kind's.
+    is one of the kinds `also`, whose columns hold this kind's. Files of the versions `older` are
+    read too: a column that may be empty and that they do not have comes out empty.
 
     Raises:
         InputError: as the given class `error`; the message ends with `mend`.
@@ -110,11 +112,14 @@ def read_table(
     label = _label(table)
     if label.get("kind", kind) not in (kind, *also):
         raise error(f"{path}: this is a {label['kind']} file, not a {kind} file; {mend}")
-    if label.get("schema_version", version) != version:
+    if label.get("schema_version", version) not in (version, *older):
+        known = " and ".join(str(number) for number in sorted((version, *older)))
         raise error(
             f"{path}: schema version {label['schema_version']} is unknown to "
-            f"besteffort {__version__}, which reads version {version}; {mend}"
+            f"besteffort {__version__}, which reads version {known}; {mend}"
         )
+    if label.get("schema_version", min((version, *older))) != version:
+        table = _with_new_columns(table, schema)
     return _checked(table, schema, path, error, mend), dict(label.get("provenance", {}))
 
 
@@ -124,6 +129,13 @@ def _label(table: pa.Table) -> dict[str, Any]:
         return dict(json.loads((table.schema.metadata or {})[_KEY]))
     except (KeyError, ValueError, TypeError):
         return {}
+
+
+def _with_new_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    for field in schema:
+        if field.nullable and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def _checked(table: pa.Table, schema: pa.Schema, path: Path, error: type[InputError], mend: str) -> pa.Table:

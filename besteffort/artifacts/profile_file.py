@@ -1,7 +1,7 @@
 """`profile.parquet`: one row per cell that was measured (or modelled), with its spread."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import pyarrow as pa
 from besteffort.artifacts import files
 from besteffort.errors import ProfileError
 from besteffort.fleet import Fleet
-from besteffort.latency import Latency, Sample, fit_latency
+from besteffort.latency import Latency, Sample, fit_latency, fitted_ms
 
-VERSION = 1
+VERSION = 2
+_OLDER = (1,)  # without what came with version 2, which is optional
 SCHEMA = pa.schema(
     [
-        pa.field("kind", pa.string(), nullable=False),  # decode | prefill | interference
+        pa.field("kind", pa.string(), nullable=False),  # decode | prefill | stall | joining | interference
         pa.field("model", pa.string(), nullable=False),
         pa.field("batch_size", pa.int64(), nullable=False),  # requests kept in flight
         pa.field("num_prompt_tokens", pa.int64(), nullable=False),
@@ -26,8 +27,14 @@ SCHEMA = pa.schema(
         pa.field("p95_ms", pa.float64(), nullable=False),
         pa.field("num_measurements", pa.int64(), nullable=False),
         pa.field("source", pa.string(), nullable=False),  # measured | modelled
+        pa.field("context_tokens", pa.float64()),  # of each request, on average
+        pa.field("busy_batch_sizes", pa.list_(pa.int64())),  # of `busy_models`
+        pa.field("ci_ms", pa.float64()),  # half the width of the mean's 95 % confidence interval
+        pa.field("outliers_ms", pa.list_(pa.float64())),  # measured, and left out of the mean
+        pa.field("fitted_ms", pa.float64()),  # what the simulator makes of the cell
     ]
 )
+KINDS = ("decode", "prefill", "stall", "joining", "interference")
 _MEND = "run `besteffort profile FLEET_DIR`, or name another file with --profile"
 
 
@@ -43,13 +50,31 @@ def load_samples(path: Path) -> tuple[list[Sample], dict[str, Any]]:
         ProfileError: the file is missing or malformed.
     """
     table, facts = files.read_table(
-        path, SCHEMA, kind="profile", version=VERSION, error=ProfileError, mend=_MEND
+        path, SCHEMA, kind="profile", version=VERSION, older=_OLDER, error=ProfileError, mend=_MEND
     )
     rows = table.select(SCHEMA.names).to_pylist()
     for row in rows:
-        if row["kind"] not in ("decode", "prefill", "interference") or not row["mean_ms"] > 0:
+        # A stall may come out at nothing, or by noise below.
+        if row["kind"] not in KINDS or not (row["mean_ms"] > 0 or row["kind"] == "stall"):
             raise ProfileError(f"{path}: a row makes no sense: {row}; {_MEND}")
-    return [Sample(**{**row, "busy_models": tuple(row["busy_models"])}) for row in rows], facts
+    return [_sample(row) for row in rows], facts
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    lists = {name: tuple(row[name] or ()) for name in ("busy_models", "busy_batch_sizes", "outliers_ms")}
+    return Sample(**{**row, **lists, "context_tokens": row["context_tokens"] or 0.0})
+
+
+def with_fit(samples: Iterable[Sample], fleet: Fleet) -> tuple[list[Sample], Latency]:
+    """The samples with what the fit makes of each, and the fit.
+
+    Raises:
+        ValueError: there are too few samples for a fit.
+    """
+    samples = list(samples)
+    latency = fit_latency(samples, fleet.model_names)
+    names = fleet.model_names
+    return [replace(one, fitted_ms=fitted_ms(one, latency, names)) for one in samples], latency
 
 
 def load_latency(path: Path, fleet: Fleet) -> Latency:

@@ -14,6 +14,7 @@ from besteffort.cli.options import (
     Profile,
     Rewards,
     Seed,
+    parse_duration_s,
     parse_engines,
 )
 from besteffort.cli.serving import serve
@@ -40,6 +41,15 @@ def profile(
         str | None,
         typer.Option(metavar="NAME", help=f"Whose roofline, with --model-only. [{DEFAULT_GPU}]"),
     ] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="How long it may take in all, as in 90s, 5m or 1h.")
+    ] = "5m",
+    precision: Annotated[
+        float, typer.Option(metavar="SHARE", help="Half-width of a mean's 95 % interval that is good enough.")
+    ] = 0.03,
+    suggest_deadline: Annotated[
+        bool, typer.Option("--suggest-deadline", help="Say which deadlines leave a choice as the paper's do.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Measure each model's latency on this machine: by batch size, prompt length, and side by side.
@@ -63,6 +73,7 @@ def profile(
             output=output or fleet_dir / "profile.parquet",
             hardware_model=model_only,
             gpu_name=gpu or DEFAULT_GPU,
+            suggest_deadline=suggest_deadline,
             progress=ConsoleProgress(),
         )
         return
@@ -73,6 +84,9 @@ def profile(
         output=output or fleet_dir / "profile.parquet",
         attached=parse_engines(engine),
         seed=seed,
+        budget_s=parse_duration_s("--budget", budget),
+        precision=precision,
+        suggest_deadline=suggest_deadline,
         progress=ConsoleProgress(),
     )
 

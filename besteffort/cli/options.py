@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, and what they stand for when left out."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -47,3 +48,16 @@ def parse_engines(given: list[str] | None) -> dict[str, list[str]]:
             raise UsageError(f"--engine {item}: not MODEL=URL, as in opt-3m=http://127.0.0.1:8001")
         urls.setdefault(model, []).append(url)
     return urls
+
+
+def parse_duration_s(option: str, given: str) -> float:
+    """`90s`, `5m`, `1.5h` or a plain number of seconds.
+
+    Raises:
+        UsageError: it is none of these, or nothing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", given.strip())
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise UsageError(f"{option} {given}: not a time, such as 90s, 5m or 1h")
+    return seconds

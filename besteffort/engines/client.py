@@ -23,6 +23,7 @@ class Completion:
     chunk_at: tuple[float, ...]  # one per stream event that carried text; nearly always one a token
     num_tokens: int
     headers: Mapping[str, str]
+    tokens_at: tuple[int, ...] = ()  # the tokens so far at each of `chunk_at`; empty: the server did not say
 
     @property
     def ttft_ms(self) -> float:
@@ -41,8 +42,14 @@ def random_prompt(num_tokens: int, rng: np.random.Generator) -> list[int]:
     return [int(token) for token in rng.integers(*_TOKEN_IDS, num_tokens)]
 
 
-def completion_body(model: str, prompt: list[int], num_output_tokens: int) -> dict[str, Any]:
-    """A request for exactly `num_output_tokens`, streamed, with the count at the end."""
+def completion_body(
+    model: str, prompt: list[int], num_output_tokens: int, *, counted: bool = False
+) -> dict[str, Any]:
+    """A request for exactly `num_output_tokens`, streamed, with the count at the end.
+
+    If `counted`, with the count so far in every event, as vLLM can: a busy one puts several tokens into one.
+    """
+    options = {"include_usage": True, **({"continuous_usage_stats": True} if counted else {})}
     return {
         "model": model,
         "prompt": prompt,
@@ -50,7 +57,7 @@ def completion_body(model: str, prompt: list[int], num_output_tokens: int) -> di
         "ignore_eos": True,
         "temperature": 0.0,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": options,
     }
 
 
@@ -67,6 +74,7 @@ async def complete(
     """
     sent_at = time.perf_counter()
     chunk_at: list[float] = []
+    tokens_at: list[int] = []
     num_tokens = 0
     try:
         async with session.post(f"{url}/v1/completions", json=body, headers=headers) as response:
@@ -79,10 +87,11 @@ async def complete(
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise EngineError(f"the stream broke off: {_message(json.dumps(event))}")
-                if event.get("choices"):
-                    chunk_at.append(now)
                 if event.get("usage"):
                     num_tokens = event["usage"]["completion_tokens"]
+                if event.get("choices"):
+                    chunk_at.append(now)
+                    tokens_at.append(num_tokens)
             answer_headers = dict(response.headers)
     except (aiohttp.ClientError, TimeoutError) as error:
         raise EngineError(f"{type(error).__name__}: {error}") from error
@@ -90,7 +99,10 @@ async def complete(
         raise EngineError(f"an answer that makes no sense ({type(error).__name__}: {error})") from error
     if not chunk_at or not num_tokens:
         raise EngineError("the stream ended without a token or without its count")
-    return Completion(sent_at, tuple(chunk_at), num_tokens, answer_headers)
+    counted = tokens_at[0] > 0
+    return Completion(
+        sent_at, tuple(chunk_at), num_tokens, answer_headers, tuple(tokens_at) if counted else ()
+    )
 
 
 def _message(text: str) -> str:

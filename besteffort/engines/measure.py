@@ -1,8 +1,7 @@
-"""Latency samples from a running engine: waves of equal requests, and the gaps between their tokens."""
+"""Latencies measured on running engines: waves of equal requests, and prompts that join them."""
 
 import asyncio
-import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,101 +9,118 @@ import aiohttp
 import numpy as np
 
 from besteffort.engines.client import Completion, complete, completion_body, random_prompt
-from besteffort.engines.running import Engine
 from besteffort.errors import EngineError
-
-NUM_STEPS = 24  # of a wave, once all of its requests run
-MIN_MEASUREMENTS = 40
-MAX_WAVES = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Repeated measurements of one duration."""
+class Target:
+    """Where a model's requests go, and under which name."""
 
-    mean_ms: float
-    std_ms: float
-    p50_ms: float
-    p95_ms: float
-    num_measurements: int
+    session: aiohttp.ClientSession
+    url: str
+    model: str
+    rng: np.random.Generator
 
-    @staticmethod
-    def of(measured_ms: Sequence[float]) -> "Spread":
-        p50, p95 = np.percentile(measured_ms, [50, 95])
-        return Spread(
-            mean_ms=float(np.mean(measured_ms)),
-            std_ms=float(np.std(measured_ms, ddof=1)) if len(measured_ms) > 1 else 0.0,
-            p50_ms=float(p50),
-            p95_ms=float(p95),
-            num_measurements=len(measured_ms),
-        )
+    async def ask(self, num_prompt_tokens: int, num_output_tokens: int) -> Completion:
+        prompt = random_prompt(num_prompt_tokens, self.rng)
+        body = completion_body(self.model, prompt, num_output_tokens, counted=True)
+        return await complete(self.session, self.url, body)
 
 
-async def step_times_ms(
-    session: aiohttp.ClientSession,
-    engine: Engine,
-    batch_size: int,
-    num_prompt_tokens: int,
-    rng: np.random.Generator,
-    keep_on_until: float | None = None,
-) -> list[float]:
-    """Gaps between tokens while exactly `batch_size` requests decode.
+async def wave_paces_ms(
+    target: Target, batch_size: int, num_prompt_tokens: int, num_steps: int, most_steps: int
+) -> AsyncIterator[float]:
+    """Time between tokens while exactly `batch_size` requests decode, of one wave after another.
 
-    Ends after enough measurements, or, given `keep_on_until` (`time.perf_counter()` seconds), not
-    before that instant, so that engines measured together load each other all the while.
+    One figure per wave: the steps of one wave depend on each other, so that they say less than their
+    number. It counts tokens, since a busy server hands out several at once. A wave in which no two
+    events fall into the time when all decode is followed by one of twice as many steps.
 
     Raises:
-        EngineError: the engine never ran that many requests at once.
+        EngineError: the engine does not run that many requests at once.
     """
-    gaps: list[float] = []
-    for num_waves in range(1, 1000):
-        wave = await _wave(session, engine, batch_size, num_prompt_tokens, rng)
-        gaps += _steady_gaps_ms(wave)
-        enough = len(gaps) >= MIN_MEASUREMENTS * batch_size or num_waves >= MAX_WAVES
-        if time.perf_counter() >= keep_on_until if keep_on_until is not None else enough:
-            break
-    if not gaps:
-        raise EngineError(
-            f"{engine.served_name} at {engine.url} never ran {batch_size} requests at once; give it "
-            "more memory for its KV cache, or lower its max_num_seqs in fleet.toml"
+    misses = 0
+    while misses < 4:
+        wave = await asyncio.gather(
+            *(target.ask(num_prompt_tokens, num_steps + 1) for _ in range(batch_size))
         )
-    return gaps
+        pace_ms = steady_pace_ms(wave)
+        if pace_ms is None:
+            misses, num_steps = misses + 1, min(2 * num_steps, most_steps)
+        else:
+            yield pace_ms
+    raise EngineError(
+        f"{target.model} at {target.url} never ran {batch_size} requests at once; give it "
+        "more memory for its KV cache, or lower its max_num_seqs in fleet.toml"
+    )
 
 
-async def first_token_times_ms(
-    session: aiohttp.ClientSession,
-    engine: Engine,
-    num_prompt_tokens: int,
-    num_repeats: int,
-    rng: np.random.Generator,
-) -> list[float]:
-    """Times to the first token of single requests, one after another."""
-    times = []
-    for _ in range(num_repeats):
-        body = completion_body(engine.served_name, random_prompt(num_prompt_tokens, rng), 1)
-        times.append((await complete(session, engine.url, body)).ttft_ms)
-    return times
-
-
-async def _wave(
-    session: aiohttp.ClientSession,
-    engine: Engine,
-    batch_size: int,
-    num_prompt_tokens: int,
-    rng: np.random.Generator,
-) -> list[Completion]:
-    prompts = [random_prompt(num_prompt_tokens, rng) for _ in range(batch_size)]
-    bodies = [completion_body(engine.served_name, prompt, NUM_STEPS) for prompt in prompts]
-    return list(await asyncio.gather(*(complete(session, engine.url, body) for body in bodies)))
-
-
-def _steady_gaps_ms(wave: Sequence[Completion]) -> list[float]:
+def steady_pace_ms(wave: Sequence[Completion]) -> float | None:
     """From the last request's first token to the first request's last: all of them decode."""
     begin = max(completion.chunk_at[0] for completion in wave)
     end = min(completion.chunk_at[-1] for completion in wave)
+    num_tokens, took_s = 0, 0.0
+    for completion in wave:
+        inside = [n for n, at in enumerate(completion.chunk_at) if begin <= at <= end]
+        if len(inside) > 1:
+            num_tokens += token_count(completion, inside[0], inside[-1])
+            took_s += completion.chunk_at[inside[-1]] - completion.chunk_at[inside[0]]
+    return 1000.0 * took_s / num_tokens if num_tokens else None
+
+
+def token_count(completion: Completion, first: int, last: int) -> int:
+    """Tokens that came after event `first`, up to `last`."""
+    if not completion.tokens_at:
+        return last - first
+    return completion.tokens_at[last] - completion.tokens_at[first]
+
+
+async def first_token_ms(target: Target, num_prompt_tokens: int) -> float:
+    """Time to the first token of a single request."""
+    return (await target.ask(num_prompt_tokens, 1)).ttft_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A prompt that came while others decoded."""
+
+    stall_ms: float  # by how much the others' steps were longer around it
+    ttft_ms: float
+
+
+async def joined_prompts(
+    target: Target, batch_size: int, num_prompt_tokens: int, num_joining: int, step_ms: float
+) -> list[Joined]:
+    """Let prompts of one length join a batch that decodes, one after another, at no fixed phase.
+
+    Each asks for a single token, so that the batch is as before once it is read.
+    """
+    num_steps = 16 + 10 * num_joining
+    running = [asyncio.create_task(target.ask(16, num_steps)) for _ in range(batch_size)]
+    await asyncio.sleep(6 * step_ms / 1000.0 + 0.1)
+    joining: list[Completion] = []
+    while len(joining) < num_joining and not any(task.done() for task in running):
+        joining.append(await target.ask(num_prompt_tokens, 1))
+        await asyncio.sleep(step_ms * (3 + 2 * target.rng.random()) / 1000.0)
+    batch = [await task for task in running]
+    last = min(one.chunk_at[-1] for one in batch)
     return [
-        1000.0 * (after - before)
-        for completion in wave
-        for before, after in pairwise(completion.chunk_at)
-        if begin <= before and after <= end
+        Joined(_stall_ms(batch, one), one.ttft_ms)
+        for one in joining
+        if one.chunk_at[-1] < last and one.sent_at > max(other.chunk_at[0] for other in batch)
     ]
+
+
+def _stall_ms(batch: Sequence[Completion], joining: Completion) -> float:
+    """What the running requests lost between the prompt's arrival and its token, on average."""
+    losses = []
+    for one in batch:
+        steps = [
+            (before, after, (after - before) / max(1, token_count(one, n, n + 1)), token_count(one, n, n + 1))
+            for n, (before, after) in enumerate(pairwise(one.chunk_at))
+        ]
+        usual = float(np.median([each for *_, each, _ in steps]))
+        # Its token and theirs come in one step, but not at quite the same instant.
+        around = [s for s in steps if s[1] > joining.sent_at and s[0] < joining.chunk_at[0] + usual / 4]
+        losses.append(sum(after - before - usual * tokens for before, after, _, tokens in around))
+    return 1000.0 * float(np.mean(losses))

@@ -24,12 +24,13 @@ def route(state: State, request: int, model: int) -> None:
     _enqueue(state, replica, request)
     _count(state, replica, +1)
     if state.replicas[replica]["prefilling"] == NONE and _may_begin(state, replica):
-        num_decoding = state.replicas[replica]["num_decoding"]
-        if num_decoding > 0:  # the prefill interrupts it: see how far it has come
-            work_ms = state.sites[device * len(state.models) + model]["work_ms"]
-            since_ms = work_ms - state.replicas[replica]["tokens_at_ms"]
-            state.replicas[replica]["tokens"] += since_ms / state.step_ms[model, num_decoding]
-        _next_work(state, replica)
+        if state.replicas[replica]["num_decoding"] == 0:
+            _next_work(state, replica)
+        elif state.models[model]["lag_steps"] == NONE:  # the prefill interrupts it: see how far it has come
+            state.replicas[replica]["tokens"] = _tokens_now(state, replica)
+            _next_work(state, replica)
+        elif state.replicas[replica]["first_waiting"] == request:  # else another waits for the step already
+            _stop_after_step(state, replica)
     _schedule(state, device)
 
 
@@ -43,9 +44,11 @@ def _next_event(state: State) -> None:
     state.sites[site]["work_ms"] = state.sites[site]["mark_ms"]
     if state.replicas[replica]["prefilling"] != NONE:
         _end_prefill(state, replica, now_ms)
-    else:
+    elif state.models[state.replicas[replica]["model"]]["lag_steps"] == NONE:
         first_seat = state.replicas[replica]["first_seat"]
         state.replicas[replica]["tokens"] = state.seats[first_seat]["ends_at_tokens"]
+    else:  # it stops after whole steps, whether one ends there or a prompt waits
+        state.replicas[replica]["tokens"] = np.rint(_tokens_now(state, replica))
     _end_decodes(state, replica, now_ms)
     _next_work(state, replica)
     _schedule(state, device)
@@ -59,7 +62,52 @@ def _move_clock(state: State, device: int, now_ms: float) -> None:
     num_models = len(state.models)
     for model in range(num_models):
         if busy >> model & 1:
-            state.sites[device * num_models + model]["work_ms"] += elapsed_ms / state.slowdown[model, busy]
+            slowdown = _slowdown(state, device, model, busy)
+            state.sites[device * num_models + model]["work_ms"] += elapsed_ms / slowdown
+
+
+@compiled
+def _slowdown(state: State, device: int, model: int, busy: int) -> float:
+    """Of a model that is among the busy ones of its device."""
+    slowdown = state.slowdown[model, busy]
+    if state.pressure.size > 0:
+        num_models = len(state.models)
+        for other in range(num_models):
+            if other != model and busy >> other & 1:
+                site = device * num_models + other
+                num_seats = state.sites[site]["num_replicas"] * state.models[other]["max_num_seqs"]
+                num_running = min(state.sites[site]["in_flight"], num_seats)
+                slowdown += state.pressure[model, other] * np.log2(num_running)
+        slowdown = max(1.0, slowdown)
+    return float(slowdown)
+
+
+@compiled
+def _pace_ms(state: State, replica: int) -> float:
+    """Work of a step of the batch that decodes."""
+    model, num_decoding = state.replicas[replica]["model"], state.replicas[replica]["num_decoding"]
+    context_ms = state.models[model]["context_ms_per_token"] * state.replicas[replica]["context_tokens"]
+    return float(state.step_ms[model, num_decoding] + context_ms)
+
+
+@compiled
+def _tokens_now(state: State, replica: int) -> float:
+    """How far those that decode have come."""
+    site = state.replicas[replica]["device"] * len(state.models) + state.replicas[replica]["model"]
+    since_ms = state.sites[site]["work_ms"] - state.replicas[replica]["tokens_at_ms"]
+    return float(state.replicas[replica]["tokens"] + since_ms / _pace_ms(state, replica))
+
+
+@compiled
+def _stop_after_step(state: State, replica: int) -> None:
+    """Have the next event when the step that runs ends, or those that were begun ahead of it."""
+    # A prompt that comes just as a step ends, but for rounding, does not wait for the next one.
+    stops_at = np.ceil(_tokens_now(state, replica) - 1e-9)
+    stops_at += state.models[state.replicas[replica]["model"]]["lag_steps"]
+    stops_at = min(stops_at, state.seats[state.replicas[replica]["first_seat"]]["ends_at_tokens"])
+    num_steps = stops_at - state.replicas[replica]["tokens"]
+    mark_ms = state.replicas[replica]["tokens_at_ms"] + num_steps * _pace_ms(state, replica)
+    _set_mark(state, replica, mark_ms)
 
 
 @compiled
@@ -73,7 +121,7 @@ def _schedule(state: State, device: int) -> None:
             site = device * num_models + model
             # Rounding may have carried the work clock past the mark by a trifle.
             left_ms = max(0.0, state.sites[site]["mark_ms"] - state.sites[site]["work_ms"])
-            at_ms = clock_ms + left_ms * state.slowdown[model, busy]
+            at_ms = clock_ms + left_ms * _slowdown(state, device, model, busy)
             if at_ms < soonest_ms:
                 soonest_ms, soonest_model = at_ms, model
     state.devices[device]["next_model"] = soonest_model
@@ -113,6 +161,13 @@ def _count(state: State, replica: int, change: int) -> None:
 def _tokens_of(state: State, request: int) -> int:
     """What it comes to hold in the KV cache."""
     return state.requests[request]["num_prompt_tokens"] + state.requests[request]["num_output_tokens"]  # type: ignore[no-any-return]
+
+
+@compiled
+def _context_of(state: State, request: int) -> int:
+    """Tokens before the present one, half way through the answer."""
+    num_output_tokens = state.requests[request]["num_output_tokens"]
+    return state.requests[request]["num_prompt_tokens"] + num_output_tokens // 2  # type: ignore[no-any-return]
 
 
 @compiled
@@ -157,7 +212,8 @@ def _begin_prefill(state: State, replica: int) -> float:
     alone_ms = state.models[model]["prefill_base_ms"] + per_token_ms * num_tokens
     single_ms = state.step_ms[model, 1]
     batch_ms = state.step_ms[model, num_decoding + num_prompts]
-    return float(max(alone_ms, single_ms) + (batch_ms - single_ms))
+    context_ms = state.models[model]["context_ms_per_token"] * state.replicas[replica]["context_tokens"]
+    return float(max(alone_ms, single_ms) + (batch_ms - single_ms) + context_ms)
 
 
 @compiled
@@ -174,9 +230,16 @@ def _next_work(state: State, replica: int) -> None:
         state.replicas[replica]["tokens_at_ms"] = work_ms
         ends_at = state.seats[state.replicas[replica]["first_seat"]]["ends_at_tokens"]
         num_steps = ends_at - state.replicas[replica]["tokens"]
-        mark_ms = work_ms + num_steps * state.step_ms[model, num_decoding]
+        mark_ms = work_ms + num_steps * _pace_ms(state, replica)
     else:
         state.replicas[replica]["tokens"] = 0.0
+    _set_mark(state, replica, mark_ms)
+
+
+@compiled
+def _set_mark(state: State, replica: int, mark_ms: float) -> None:
+    """Have the replica's next event at that time of its site's work clock."""
+    site = state.replicas[replica]["device"] * len(state.models) + state.replicas[replica]["model"]
     first, size = state.sites[site]["first_mark"], state.sites[site]["num_replicas"]
     nth = state.replicas[replica]["nth_of_site"]
     mark_ms, next_replica = play(state.marks, first, size, nth, mark_ms, replica)
@@ -190,12 +253,14 @@ def _end_prefill(state: State, replica: int, now_ms: float) -> None:
     state.replicas[replica]["tokens"] += 1.0
     request = state.replicas[replica]["prefilling"]
     base, num_decoding = state.replicas[replica]["first_seat"], state.replicas[replica]["num_decoding"]
+    seen_at_ms = now_ms + state.models[state.replicas[replica]["model"]]["overhead_ms"]
     for _ in range(state.replicas[replica]["num_prefilling"]):
-        state.requests[request]["first_token_at_ms"] = now_ms
+        state.requests[request]["first_token_at_ms"] = seen_at_ms
         num_steps = state.requests[request]["num_output_tokens"] - 1
         ends_at, kv_tokens = state.replicas[replica]["tokens"] + num_steps, _tokens_of(state, request)
         push_seat(state.seats, base, num_decoding, ends_at, request, kv_tokens)
         num_decoding += 1
+        state.replicas[replica]["context_tokens"] += _context_of(state, request)
         request = state.requests[request]["next_waiting"]
     state.replicas[replica]["num_decoding"] = num_decoding
     state.replicas[replica]["prefilling"] = NONE
@@ -211,12 +276,14 @@ def _end_decodes(state: State, replica: int, now_ms: float) -> None:
         state.replicas[replica]["kv_tokens"] -= state.seats[base]["kv_tokens"]
         request = pop_seat(state.seats, base, state.replicas[replica]["num_decoding"])
         state.replicas[replica]["num_decoding"] -= 1
+        state.replicas[replica]["context_tokens"] -= _context_of(state, request)
         _complete(state, replica, request, now_ms)
 
 
 @compiled
 def _complete(state: State, replica: int, request: int, now_ms: float) -> None:
-    state.requests[request]["last_token_at_ms"] = now_ms
+    overhead_ms = state.models[state.replicas[replica]["model"]]["overhead_ms"]
+    state.requests[request]["last_token_at_ms"] = now_ms + overhead_ms
     state.completed[state.num_completed[0]] = request
     state.num_completed[0] += 1
     _count(state, replica, -1)

@@ -68,7 +68,8 @@ def idle_state(fleet: Fleet, latency: Latency, workloads: Sequence[Requests]) ->
         marks=copies(_tournaments(_site_of(replicas, len(models)), key=np.inf)),
         events=copies(tournament(np.arange(fleet.num_devices), key=np.inf)),
         step_ms=np.ascontiguousarray(latency.step_table_ms(int(max_num_seqs.max()))),
-        slowdown=np.array(latency.slowdown, dtype=np.float64, order="C"),
+        slowdown=np.ascontiguousarray(latency.slowdown_beside_single_requests()),
+        pressure=np.array(latency.pressure if latency.pressure.any() else np.zeros((0, 0)), order="C"),
     )
 
 
@@ -103,6 +104,9 @@ def _model_records(fleet: Fleet, latency: Latency) -> Records:
     models["kv_cache_tokens"] = [model.kv_cache_tokens or MAX_TOKENS for model in fleet.models]
     models["prefill_base_ms"] = latency.prefill_base_ms
     models["prefill_ms_per_token"] = latency.prefill_ms_per_token
+    models["context_ms_per_token"] = latency.context_ms_per_token
+    models["overhead_ms"] = latency.overhead_ms
+    models["lag_steps"] = NONE if latency.lag_steps is None else latency.lag_steps
     return models
 
 

@@ -47,6 +47,9 @@ MODEL = np.dtype(
         ("kv_cache_tokens", "i8"),  # of prompts and outputs that run at once on a replica, at most
         ("prefill_base_ms", "f8"),
         ("prefill_ms_per_token", "f8"),
+        ("context_ms_per_token", "f8"),
+        ("overhead_ms", "f8"),  # of a request, beside the steps
+        ("lag_steps", "i8"),  # a prompt waits for the running step and so many more; NONE: it interrupts
     ],
     align=True,
 )
@@ -65,6 +68,7 @@ REPLICA = np.dtype(
         ("first_waiting", "i4"),
         ("last_waiting", "i4"),
         ("kv_tokens", "i4"),  # that those which run may come to hold
+        ("context_tokens", "i4"),  # before the present ones, of those that decode, half of their answers done
     ],
     align=True,
 )
@@ -114,7 +118,8 @@ class State(NamedTuple):
     marks: Records  # (2 * R,) per site a tournament of its replicas by the work clock at their next event
     events: Records  # (2 * D,) a tournament of the devices by the time of their next event
     step_ms: NDArray[np.float64]  # (M, largest batch + 1)
-    slowdown: NDArray[np.float64]  # (M, 2**M)
+    slowdown: NDArray[np.float64]  # (M, 2**M) with a single request at each other model
+    pressure: NDArray[np.float64]  # (M, M) added for each doubling of the other's batch; (0, 0): none
 
 
 def on_cache_lines(array: NDArray[_Item]) -> NDArray[_Item]:
@@ -144,4 +149,5 @@ def fleet_of(states: State, fleet: int) -> State:
         states.events[fleet],
         states.step_ms,
         states.slowdown,
+        states.pressure,
     )

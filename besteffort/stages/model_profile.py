@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from besteffort.artifacts import files
-from besteffort.artifacts.profile_file import save_samples
+from besteffort.artifacts.profile_file import save_samples, with_fit
 from besteffort.errors import UsageError
 from besteffort.fleet import load_fleet
+from besteffort.profiling.verdict import suggest_deadlines
 from besteffort.progress import Progress
 from besteffort.roofline import facts_of, gpu_named, model_samples
 
@@ -13,7 +14,13 @@ MODELS_OF_HARDWARE = ("roofline",)
 
 
 def model_profile(
-    fleet_dir: Path, *, output: Path, hardware_model: str, gpu_name: str, progress: Progress
+    fleet_dir: Path,
+    *,
+    output: Path,
+    hardware_model: str,
+    gpu_name: str,
+    suggest_deadline: bool = False,
+    progress: Progress,
 ) -> None:
     """Write `output`, every row of which says that it is modelled.
 
@@ -30,7 +37,7 @@ def model_profile(
     fleet = load_fleet(fleet_dir)
     if fleet.num_gpus == 0:
         raise UsageError(f"fleet {fleet.name!r} has no GPU to model: measure it, or give it num_gpus")
-    samples = model_samples(fleet, gpu)
+    samples, latency = with_fit(model_samples(fleet, gpu), fleet)
     facts = {
         "stage": "profile",
         "source": "modelled",
@@ -42,3 +49,6 @@ def model_profile(
     }
     save_samples(output, samples, facts)
     progress.say(f"wrote {output}: {len(samples)} samples, modelled for {gpu_name}; nothing was measured")
+    if suggest_deadline:
+        for line in suggest_deadlines(fleet, latency).lines:
+            progress.say(line)

@@ -1,170 +1,173 @@
-"""`profile`: measure a fleet's latencies on its real engines, and keep what was measured so far."""
+"""`profile`: measure a fleet's latencies on its real engines, and say what they mean for its deadlines."""
 
 import asyncio
-import itertools
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import aiohttp
 import numpy as np
 
 from besteffort.artifacts import files
-from besteffort.artifacts.profile_file import load_samples, save_samples
-from besteffort.engines.client import open_session
-from besteffort.engines.measure import Spread, first_token_times_ms, step_times_ms
-from besteffort.engines.running import Engines, Urls, running_engines
-from besteffort.errors import ProfileError
+from besteffort.artifacts.profile_file import load_samples, save_samples, with_fit
+from besteffort.engines.running import Urls, running_engines
+from besteffort.errors import ProfileError, UsageError
 from besteffort.fleet import Fleet, load_fleet
-from besteffort.latency import Sample
+from besteffort.latency import Latency, Sample
+from besteffort.profiling import Effort, Run, measure_fleet, origin_of, plan_runs
+from besteffort.profiling.measuring import Cell
+from besteffort.profiling.plot import plot_profile
+from besteffort.profiling.verdict import choice, crossings, suggest_deadlines
 from besteffort.progress import Progress
+from besteffort.stages.own_router import own_router
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-PROMPT_LENGTHS = (16, 64, 128, 256)  # tokens
-NUM_PROMPT_TOKENS = 16  # where the prompt is not what is measured
-NUM_PREFILLS = 6
-INTERFERENCE_BATCH_SIZE = 4
-INTERFERENCE_S = 6.0
-REQUEST_TIMEOUT_S = 120.0
+BUDGET_S = 300.0  # from the start to the last measurement
+PRECISION = 0.03
 
 
-@dataclass(frozen=True)
-class Run:
-    """One thing to do: load the models of `models` together, and measure each of them."""
+def profile(
+    fleet_dir: Path,
+    *,
+    output: Path,
+    attached: Urls,
+    seed: int,
+    budget_s: float = BUDGET_S,
+    precision: float = PRECISION,
+    suggest_deadline: bool = False,
+    progress: Progress,
+) -> None:
+    """Measure through a router, and write `output` and its plot; what an interrupted run measured is kept.
 
-    kind: Literal["decode", "prefill", "interference"]
-    models: tuple[int, ...]
-    batch_size: int
-    num_prompt_tokens: int
-
-    def title(self, fleet: Fleet) -> str:
-        names = " + ".join(fleet.model_names[m] for m in self.models)
-        if self.kind == "prefill":
-            return f"{names}, a prompt of {self.num_prompt_tokens} tokens"
-        return f"{names}, batch {self.batch_size}"
-
-    def keys(self, fleet: Fleet) -> set[tuple[str, str, int, int, tuple[str, ...]]]:
-        """Of the samples that it makes."""
-        return {
-            (self.kind, fleet.model_names[m], self.batch_size, self.num_prompt_tokens,
-             _others(fleet, self.models, m))
-            for m in self.models
-        }  # fmt: skip
-
-
-def plan_runs(fleet: Fleet) -> list[Run]:
-    """Each model alone by batch size and by prompt length; then pairs, and all models together."""
-    models = range(len(fleet.models))
-    longest = fleet.engine.max_model_len - 8
-    decode = [
-        Run("decode", (m,), batch_size, NUM_PROMPT_TOKENS)
-        for m in models
-        for batch_size in BATCH_SIZES
-        if batch_size <= fleet.models[m].max_num_seqs
-    ]
-    prefill = [Run("prefill", (m,), 1, n) for m in models for n in PROMPT_LENGTHS if n <= longest]
-    together = [*itertools.combinations(models, 2), tuple(models)]
-    interference = [
-        Run("interference", group, INTERFERENCE_BATCH_SIZE, NUM_PROMPT_TOKENS)
-        for group in dict.fromkeys(together)
-        if len(group) > 1
-    ]
-    return [*decode, *prefill, *interference]
-
-
-def profile(fleet_dir: Path, *, output: Path, attached: Urls, seed: int, progress: Progress) -> None:
-    """Measure, and write `output`; what an interrupted run measured is taken up again.
+    `budget_s` counts from the start, the engines' own start included; what a fit needs is measured
+    whatever it is. `precision` is the relative half-width of a mean's 95 % interval that is good enough.
 
     Raises:
         FleetError, UsageError, EngineError: as the fleet and its engines raise them.
     """
+    ends_at = time.monotonic() + budget_s
+    if not 0.0 < precision < 1.0:
+        raise UsageError(f"--precision {precision}: give a share of the mean, between 0 and 1")
     fleet = load_fleet(fleet_dir)
     fleet_sha256 = files.sha256(fleet_dir / "fleet.toml")
-    facts = {"stage": "profile", "fleet": fleet.name, "fleet_sha256": fleet_sha256, "seed": seed}
-    partial = output.with_suffix(".partial.parquet")
-    samples = _taken_up(partial, fleet_sha256, progress)
-    with running_engines(fleet, fleet_dir, attached, progress) as engines:
-        for_now = _Notebook(partial, facts, samples)
-        asyncio.run(_measure_all(fleet, engines, for_now, np.random.default_rng(seed), progress))
-    partial.replace(output)
-    progress.say(f"wrote {output}: {len(samples)} samples")
+    facts = {
+        "stage": "profile",
+        "fleet": fleet.name,
+        "fleet_sha256": fleet_sha256,
+        "seed": seed,
+        "budget_s": budget_s,
+        "precision": precision,
+        "origin": origin_of(fleet),
+    }
+    notebook = _Notebook(output.with_suffix(".partial.parquet"), facts)
+    notebook.take_up(progress)
+    with (
+        running_engines(fleet, fleet_dir, attached, progress) as engines,
+        own_router(fleet, fleet_dir, engines, "round-robin") as url,
+    ):
+        runs = [run for run in plan_runs(fleet) if not notebook.has(run, fleet)]
+        effort = Effort(budget_s, precision, ends_at)
+        note = partial(notebook.note, fleet)
+        rng = np.random.default_rng(seed)
+        asyncio.run(measure_fleet(fleet, url, runs, effort, note, rng, progress))
+    samples, latency = with_fit(notebook.samples, fleet)
+    save_samples(output, samples, {**facts, "fit": _fit_facts(samples, latency, fleet)})
+    notebook.path.unlink(missing_ok=True)
+    _tell(samples, latency, fleet, output, suggest_deadline, progress)
 
 
-@dataclass(frozen=True)
 class _Notebook:
     """The samples so far, on disk after every run, so that a kill costs one run."""
 
-    path: Path
-    facts: Mapping[str, Any]
-    samples: list[Sample]
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        self.path = path
+        self._facts = facts
+        self._kept: list[Sample] = []  # of an interrupted run
+        self.samples: list[Sample] = []
 
-    def note(self, samples: list[Sample]) -> None:
-        self.samples.extend(samples)
-        save_samples(self.path, self.samples, self.facts)
+    def take_up(self, progress: Progress) -> None:
+        """What an interrupted run left behind, if it was of this very fleet.toml, here."""
+        if not self.path.exists():
+            return
+        try:
+            samples, facts = load_samples(self.path)
+        except ProfileError:
+            return
+        if any(facts.get(key) != self._facts[key] for key in ("fleet_sha256", "origin")):
+            progress.say(f"{self.path}: begun for another fleet.toml, or elsewhere; starting anew")
+            return
+        self._kept = self.samples = samples
+        progress.say(f"{self.path}: going on after {len(samples)} samples of an interrupted run")
+
+    def has(self, run: Run, fleet: Fleet) -> bool:
+        names = [fleet.model_names[m] for m in run.models]
+        wanted = {
+            (name, size, run.num_prompt_tokens, tuple(other for other in names if other != name))
+            for name, size in zip(names, run.batch_sizes, strict=True)
+        }
+        there = {
+            (s.model, s.batch_size, s.num_prompt_tokens, s.busy_models)
+            for s in self._kept
+            if s.kind == run.kind and (not s.busy_models or self._same_load(s, run, names))
+        }
+        return wanted <= there
+
+    @staticmethod
+    def _same_load(sample: Sample, run: Run, names: Sequence[str]) -> bool:
+        sizes = dict(zip(names, run.batch_sizes, strict=True))
+        return tuple(sizes.get(name) for name in sample.busy_models) == sample.busy_batch_sizes
+
+    def note(self, fleet: Fleet, cells: Sequence[Cell]) -> None:
+        self.samples = [*self._kept, *(sample for cell in cells for sample in cell.samples(fleet))]
+        save_samples(self.path, self.samples, self._facts)
 
 
-def _taken_up(partial: Path, fleet_sha256: str, progress: Progress) -> list[Sample]:
-    """What an interrupted run left behind, if it was of this very fleet.toml."""
-    if not partial.exists():
-        return []
-    try:
-        samples, facts = load_samples(partial)
-    except ProfileError:
-        return []
-    if facts.get("fleet_sha256") != fleet_sha256:
-        progress.say(f"{partial}: begun for another fleet.toml; starting anew")
-        return []
-    progress.say(f"{partial}: going on after {len(samples)} samples of an interrupted run")
-    return samples
+def _fit_facts(samples: Sequence[Sample], latency: Latency, fleet: Fleet) -> dict[str, Any]:
+    """The fit's small numbers, and how far it is from what was measured, for a person to read."""
+    return {
+        "overhead_ms": dict(zip(fleet.model_names, latency.overhead_ms.round(4).tolist(), strict=True)),
+        "context_ms_per_token": dict(
+            zip(fleet.model_names, latency.context_ms_per_token.round(8).tolist(), strict=True)
+        ),
+        "lag_steps": latency.lag_steps,
+        "residual_rms": _residuals(samples),
+    }
 
 
-async def _measure_all(
-    fleet: Fleet, engines: Engines, notebook: _Notebook, rng: np.random.Generator, progress: Progress
-) -> None:
-    done = {(s.kind, s.model, s.batch_size, s.num_prompt_tokens, s.busy_models) for s in notebook.samples}
-    runs = [run for run in plan_runs(fleet) if not run.keys(fleet) <= done]
-    async with open_session(REQUEST_TIMEOUT_S) as session:
-        with progress.bar("Profiling", len(runs)) as bar:
-            for model in {m for run in runs for m in run.models}:
-                bar.describe(f"warming up {fleet.model_names[model]}")
-                await step_times_ms(session, engines[model][0], 4, NUM_PROMPT_TOKENS, rng)
-            for run in runs:
-                bar.describe(run.title(fleet))
-                notebook.note(await _measure(fleet, engines, session, run, rng))
-                bar.advance()
+def _residuals(samples: Sequence[Sample]) -> dict[str, float]:
+    """Root mean square of (fit - measured) / measured by kind; a stall is held against its own size."""
+    found: dict[str, float] = {}
+    for kind in dict.fromkeys(sample.kind for sample in samples):
+        shares = [
+            (s.fitted_ms - s.mean_ms) / s.mean_ms
+            for s in samples
+            if s.kind == kind and s.fitted_ms is not None and s.mean_ms > 0
+        ]
+        if shares:
+            found[kind] = round(float(np.sqrt(np.mean(np.square(shares)))), 4)
+    return found
 
 
-async def _measure(
+def _tell(
+    samples: Sequence[Sample],
+    latency: Latency,
     fleet: Fleet,
-    engines: Engines,
-    session: aiohttp.ClientSession,
-    run: Run,
-    rng: np.random.Generator,
-) -> list[Sample]:
-    """One sample for each of the run's models, all loaded at the same time."""
-    until = time.perf_counter() + INTERFERENCE_S if run.kind == "interference" else None
-
-    async def measure(model: int) -> list[float]:
-        engine = engines[model][0]
-        if run.kind == "prefill":
-            return await first_token_times_ms(session, engine, run.num_prompt_tokens, NUM_PREFILLS, rng)
-        return await step_times_ms(session, engine, run.batch_size, run.num_prompt_tokens, rng, until)
-
-    measured_ms = await asyncio.gather(*(measure(model) for model in run.models))
-    return [
-        Sample(
-            kind=run.kind,
-            model=fleet.model_names[model],
-            batch_size=run.batch_size,
-            num_prompt_tokens=run.num_prompt_tokens,
-            busy_models=_others(fleet, run.models, model),
-            **asdict(Spread.of(of_model)),
-        )
-        for model, of_model in zip(run.models, measured_ms, strict=True)
-    ]
-
-
-def _others(fleet: Fleet, models: tuple[int, ...], model: int) -> tuple[str, ...]:
-    return tuple(fleet.model_names[other] for other in models if other != model)
+    output: Path,
+    suggest_deadline: bool,
+    progress: Progress,
+) -> None:
+    plot = output.with_suffix(".png")
+    files.write_atomically(plot, lambda temporary: plot_profile(samples, latency, fleet, temporary))
+    num_outliers = sum(len(sample.outliers_ms) for sample in samples)
+    residuals = ", ".join(f"{kind} {100 * value:.1f} %" for kind, value in _residuals(samples).items())
+    progress.say(
+        f"wrote {output}: {len(samples)} samples, {num_outliers} outliers marked; plot in {plot}; "
+        f"the fit is off by (root mean square): {residuals}"
+    )
+    for crossing in crossings(fleet, latency):
+        progress.say(crossing.line)
+    for line in choice(fleet, latency).lines:
+        progress.say(line)
+    if suggest_deadline:
+        for line in suggest_deadlines(fleet, latency).lines:
+            progress.say(line)

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,23 +18,22 @@ from besteffort.artifacts import files
 from besteffort.artifacts.profile_file import load_latency
 from besteffort.artifacts.rewards_file import doubt, load_rewards
 from besteffort.artifacts.thresholds_file import load_thresholds
-from besteffort.engines.child import Child, free_port
 from besteffort.engines.open_loop import Ledger, send_open_loop
-from besteffort.engines.running import Engines, Urls, running_engines, wait_until_healthy
+from besteffort.engines.running import Urls, running_engines
 from besteffort.errors import UsageError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.hindsight import hindsight
 from besteffort.policies import HINDSIGHT, Policy, load_named_policy
-from besteffort.progress import Progress, SilentBar
+from besteffort.progress import Progress
 from besteffort.report import summarise, write_report
 from besteffort.request import Outcomes, Requests
 from besteffort.rewards import Rewards
 from besteffort.simulator import simulate, simulate_choices
+from besteffort.stages.own_router import own_router
 from besteffort.trace import load_trace
 
 # A client that gives up; its request counts as failed.
 REQUEST_TIMEOUT_S = 600.0
-ROUTER_START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -195,27 +193,12 @@ def _router(spec: Replay, fleet: Fleet, progress: Progress) -> Iterator[str]:
     if spec.url is not None:
         yield spec.url.rstrip("/")
         return
-    with running_engines(fleet, spec.fleet_dir, spec.attached or {}, progress) as engines:
-        router, url = _start_router(spec, fleet, engines)
-        try:
-            wait_until_healthy([(router, url)], ROUTER_START_TIMEOUT_S, SilentBar())
-            yield url
-        finally:
-            router.stop()
-
-
-def _start_router(spec: Replay, fleet: Fleet, engines: Engines) -> tuple[Child, str]:
-    """In a process of its own, as in production: it does not share our interpreter's lock."""
-    port = free_port()
-    command = [sys.executable, "-m", "besteffort", "serve", str(spec.fleet_dir)]
-    command += ["--policy", str(spec.policy), "--port", str(port), "--seed", str(spec.seed)]
-    command += ["--profile", str(spec.profile), "--rewards", str(spec.rewards)]
-    for name, of_model in zip(fleet.model_names, engines, strict=True):
-        for engine in of_model:
-            command += ["--engine", f"{name}={engine.url}"]
-    log = spec.fleet_dir / "logs" / f"router-{port}.log"
-    # A key meant for another router would keep our own client out.
-    return Child("the router", command, log, {"BESTEFFORT_API_KEY": ""}), f"http://127.0.0.1:{port}"
+    options = ["--seed", str(spec.seed), "--profile", str(spec.profile), "--rewards", str(spec.rewards)]
+    with (
+        running_engines(fleet, spec.fleet_dir, spec.attached or {}, progress) as engines,
+        own_router(fleet, spec.fleet_dir, engines, str(spec.policy), options) as url,
+    ):
+        yield url
 
 
 def _folder(spec: Replay, policy_name: str, engine: str) -> Path:

@@ -1,0 +1,273 @@
+"""Measuring within a budget: every run once, then again where the figures are least sure."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from besteffort.engines.client import open_session
+from besteffort.engines.measure import Target, first_token_ms, joined_prompts, wave_paces_ms
+from besteffort.fleet import Fleet
+from besteffort.latency import Sample
+from besteffort.latency.samples import spread_of
+from besteffort.profiling.design import Run
+from besteffort.progress import Bar, Progress
+
+REQUEST_TIMEOUT_S = 120.0
+_WAVE_S = 0.7  # how long a wave should take
+_NUM_STEPS = (24, 96)  # of a wave, at least and at most
+_MIN_WAVES = 3
+_MAX_WAVES = 8  # of a run; more come by repeating it
+_TOGETHER_S = 5.0
+_NUM_PREFILLS = 5
+_NUM_JOINING = 6
+_MAX_REPEATS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long and how exactly to measure."""
+
+    budget_s: float
+    precision: float  # half the width of the mean's 95 % interval over the mean, which is good enough
+    ends_at: float  # time.monotonic() by which the budget is spent; repeats are begun only before
+
+
+@dataclass
+class Cell:
+    """A run, and what was measured in it so far."""
+
+    run: Run
+    took_s: float = 0.0
+    num_times: int = 0
+    values: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # by kind and model
+    contexts: dict[int, float] = field(default_factory=dict)
+
+    def samples(self, fleet: Fleet) -> list[Sample]:
+        made = []
+        for (kind, model), values in self.values.items():
+            others = [n for n, m in enumerate(self.run.models) if m != model]
+            made.append(
+                Sample(
+                    kind=kind,  # type: ignore[arg-type]
+                    model=fleet.model_names[model],
+                    batch_size=self.run.batch_sizes[self.run.models.index(model)],
+                    num_prompt_tokens=self.run.num_prompt_tokens,
+                    busy_models=tuple(fleet.model_names[self.run.models[n]] for n in others),
+                    busy_batch_sizes=tuple(self.run.batch_sizes[n] for n in others),
+                    context_tokens=self.contexts.get(model, 0.0),
+                    **spread_of(values),
+                )
+            )
+        return made
+
+    def width(self, fleet: Fleet) -> float:
+        """The largest relative half-width among its figures; a stall is held against its step."""
+        samples = {sample.kind: sample for sample in self.samples(fleet)}
+        joining = samples.pop("joining", None)
+        if joining is not None:  # its wait is no spread of what is measured: it depends on the phase
+            return (samples["stall"].ci_ms or np.inf) / joining.mean_ms
+        return max((s.ci_ms or np.inf) / s.mean_ms for s in self.samples(fleet))
+
+
+class Bench:
+    """The fleet's models behind one URL, and what is known of their pace so far."""
+
+    def __init__(self, targets: Sequence[Target], fleet: Fleet) -> None:
+        self._targets = targets
+        self._fleet = fleet
+        self._step_ms: dict[tuple[int, int], float] = {}  # by model and batch size
+
+    async def warm_up(self) -> None:
+        """First requests are slow: memory is laid out, kernels are chosen."""
+        for model, target in enumerate(self._targets):
+            waves = wave_paces_ms(target, 4, 16, 48, self._room(16))
+            for _ in range(2):
+                self._step_ms[model, 4] = await anext(waves)
+
+    async def measure(self, cell: Cell) -> None:
+        began_at = time.monotonic()
+        run = cell.run
+        if run.kind == "prefill":
+            times = [await first_token_ms(self._targets[run.models[0]], run.num_prompt_tokens)
+                     for _ in range(_NUM_PREFILLS)]  # fmt: skip
+            cell.values.setdefault(("prefill", run.models[0]), []).extend(times)
+        elif run.kind == "stall":
+            await self._join(cell)
+        else:
+            await self._decode(cell)
+        cell.took_s += time.monotonic() - began_at
+        cell.num_times += 1
+
+    async def _join(self, cell: Cell) -> None:
+        model, batch_size = cell.run.models[0], cell.run.batch_sizes[0]
+        joined = await joined_prompts(
+            self._targets[model],
+            batch_size,
+            cell.run.num_prompt_tokens,
+            _NUM_JOINING,
+            self._usual_step_ms(model, batch_size),
+        )
+        cell.values.setdefault(("stall", model), []).extend(one.stall_ms for one in joined)
+        cell.values.setdefault(("joining", model), []).extend(one.ttft_ms for one in joined)
+
+    async def _decode(self, cell: Cell) -> None:
+        run = cell.run
+        together = len(run.models) > 1
+        ends_at = time.monotonic() + _TOGETHER_S if together else None
+        kind = "interference" if together else "decode"
+
+        async def waves(model: int, batch_size: int) -> None:
+            room = self._room(run.num_prompt_tokens)
+            num_steps = self._num_steps(model, batch_size, room)
+            # Half a wave is the first tokens', of which the first does not count.
+            cell.contexts[model] = run.num_prompt_tokens + num_steps / 2 + 1
+            values = cell.values.setdefault((kind, model), [])
+            num_waves = 0
+            async for pace_ms in wave_paces_ms(
+                self._targets[model], batch_size, run.num_prompt_tokens, num_steps, room
+            ):
+                values.append(pace_ms)
+                num_waves += 1
+                if ends_at is not None:
+                    if time.monotonic() >= ends_at:
+                        break
+                elif num_waves >= _MIN_WAVES and (num_waves >= _MAX_WAVES or _sure(values)):
+                    break
+            if not together and run.num_prompt_tokens <= 16:
+                self._step_ms[model, batch_size] = float(np.median(values))
+
+        await asyncio.gather(*(waves(m, b) for m, b in zip(run.models, run.batch_sizes, strict=True)))
+
+    def _usual_step_ms(self, model: int, batch_size: int) -> float:
+        return self._step_ms.get((model, batch_size), self._step_ms[model, 4])
+
+    def _room(self, num_prompt_tokens: int) -> int:
+        return self._fleet.engine.max_model_len - num_prompt_tokens - 8
+
+    def _num_steps(self, model: int, batch_size: int, room: int) -> int:
+        """So many that a wave takes its time, and its requests fit into the engine."""
+        low, high = _NUM_STEPS
+        wanted = round(1000 * _WAVE_S / self._usual_step_ms(model, batch_size))
+        return min(max(low, min(wanted, high)), room)
+
+
+def _sure(values: Sequence[float]) -> bool:
+    spread = spread_of(values)
+    return bool(spread["ci_ms"] is not None and spread["ci_ms"] < 0.02 * spread["mean_ms"])
+
+
+async def measure_fleet(
+    fleet: Fleet,
+    url: str,
+    runs: Sequence[Run],
+    effort: Effort,
+    note: Callable[[list[Cell]], None],
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[Cell]:
+    """Measure `runs` through the router at `url`, in their order, then repeat the least sure.
+
+    `note` is called with all cells so far after every run, so that a kill costs one run. Runs for which
+    the budget does not last are left out, but for those that a fit needs.
+
+    Raises:
+        EngineError: an engine does not answer, or never runs as many requests as it should.
+    """
+    cells: list[Cell] = []
+    async with open_session(REQUEST_TIMEOUT_S) as session:
+        bench = Bench([Target(session, url, name, rng) for name in fleet.model_names], fleet)
+        began_at = time.monotonic()
+        with progress.bar("Profiling", max(1, round(effort.ends_at - began_at))) as bar:
+            clock = _Clock(bar, began_at, effort.ends_at)
+            if runs:
+                bar.describe("warming up")
+                await clock.along(bench.warm_up())
+            left_out = 0
+            for nth, run in enumerate(runs):
+                if not run.needed and time.monotonic() >= effort.ends_at:
+                    left_out += 1
+                    continue
+                cell = Cell(run)
+                bar.describe(f"{run.title(fleet)} ({nth + 1} of {len(runs)}; {_outlook(cells, runs, clock)})")
+                await clock.along(bench.measure(cell))
+                cells.append(cell)
+                note(cells)
+            await _repeat(cells, bench, fleet, effort, clock, note)
+    _tell(cells, left_out if runs else 0, fleet, effort, progress)
+    return cells
+
+
+async def _repeat(
+    cells: list[Cell],
+    bench: Bench,
+    fleet: Fleet,
+    effort: Effort,
+    clock: "_Clock",
+    note: Callable[[list[Cell]], None],
+) -> None:
+    while True:
+        left_s = effort.ends_at - time.monotonic()
+        wide = [(cell.width(fleet), nth) for nth, cell in enumerate(cells) if cell.num_times < _MAX_REPEATS]
+        wide = [
+            (width, nth)
+            for width, nth in wide
+            if width > effort.precision and cells[nth].took_s / cells[nth].num_times < left_s
+        ]
+        if not wide:
+            return
+        width, nth = max(wide)
+        cell = cells[nth]
+        each_s = np.mean([cells[n].took_s / cells[n].num_times for _, n in wide])
+        clock.bar.describe(
+            f"again {cell.run.title(fleet)}, now ± {100 * min(width, 9.99):.0f} %; {len(wide)} cells above "
+            f"± {100 * effort.precision:g} %, {left_s:.0f} s buy about {left_s / each_s:.0f} more runs"
+        )
+        await clock.along(bench.measure(cell))
+        note(cells)
+
+
+class _Clock:
+    """Moves a bar whose steps are seconds."""
+
+    def __init__(self, bar: Bar, began_at: float, ends_at: float) -> None:
+        self.bar = bar
+        self.began_at = began_at
+        self.ends_at = ends_at
+        self._shown_s = 0
+
+    async def along(self, work: Awaitable[None]) -> None:
+        await work
+        passed_s = int(min(time.monotonic(), self.ends_at) - self.began_at)
+        self.bar.advance(max(0, passed_s - self._shown_s))
+        self._shown_s = max(self._shown_s, passed_s)
+
+
+def _outlook(cells: Sequence[Cell], runs: Sequence[Run], clock: _Clock) -> str:
+    """What the rest of the budget buys, going by the runs so far."""
+    left_s = clock.ends_at - time.monotonic()
+    if not cells:
+        return f"{left_s:.0f} s left"
+    kinds = {cell.run.kind: [c.took_s for c in cells if c.run.kind == cell.run.kind] for cell in cells}
+    usual_s = float(np.mean([cell.took_s for cell in cells]))
+    to_do = runs[len(cells) :]
+    need_s = sum(float(np.mean(kinds.get(run.kind, [usual_s]))) for run in to_do)
+    if need_s <= left_s:
+        return f"{left_s:.0f} s left buy all {len(to_do)} more runs and {left_s - need_s:.0f} s of repeats"
+    return f"{max(0.0, left_s):.0f} s left buy about {len(to_do) * max(0.0, left_s) / need_s:.0f} more runs"
+
+
+def _tell(cells: Sequence[Cell], num_left_out: int, fleet: Fleet, effort: Effort, progress: Progress) -> None:
+    if not cells:
+        return
+    widths = np.array([cell.width(fleet) for cell in cells])
+    num_sure = int(np.sum(widths <= effort.precision))
+    line = f"{num_sure} of {len(cells)} cells are sure to ± {100 * effort.precision:g} %"
+    if num_sure < len(cells):
+        widest = cells[int(np.argmax(widths))]
+        line += f", the widest to ± {100 * min(widths.max(), 9.99):.0f} %: {widest.run.title(fleet)}"
+    if num_left_out:
+        line += f"; {num_left_out} runs were left out for want of time: give a larger --budget"
+    progress.say(line)
