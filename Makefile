@@ -7,13 +7,15 @@ FLEET ?= $(if $(shell nvidia-smi -L 2>/dev/null),artifacts/one-gpu-opt,artifacts
 PAPER_FLEET ?= artifacts/titan-rtx-opt
 # Local evaluation files, if there are any; otherwise lm-eval takes them from the hub.
 DATA_DIR ?= $(wildcard ../shared/data/eval)
+# The Azure trace, if it is here, for `fidelity`.
+AZURE ?= $(wildcard ../shared/data/traces/AzureLLMInferenceTrace_code.csv)
 BIN := .venv/bin
 SETUP := .venv/.made
 BENCH := .venv/.made-bench
 # What is locked stays as it is; machines with a GPU have another torch than the locked one.
 LOCKED = $(if $(shell nvidia-smi -L 2>/dev/null),,--constraints requirements.lock)
 
-.PHONY: help setup demo paper paper-train test lint bench-simulator bench-decision bench-router bench-training format lock clean
+.PHONY: help setup demo paper paper-train fidelity profile-gpu test lint bench-simulator bench-decision bench-router bench-training format lock clean
 
 help: ## List the words.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +34,12 @@ paper: $(SETUP) ## Run all experiments of the paper in the simulator, and set it
 
 paper-train: $(SETUP) ## Train the policies of these experiments anew.
 	@$(BIN)/besteffort paper $(PAPER_FLEET) --train
+
+fidelity: $(SETUP) ## Hold the simulator against real vLLM on the tiny fleet: docs/fidelity.md; 30 minutes.
+	@$(BIN)/besteffort fidelity artifacts/tiny-opt-cpu --docs docs/fidelity.md $(if $(AZURE),--azure $(AZURE))
+
+profile-gpu: $(SETUP) ## Measure the paper's three models together on the NVIDIA GPU that is here.
+	@$(BIN)/besteffort profile artifacts/one-gpu-opt --on-this-gpu --budget 15m --suggest-deadline
 
 test: $(SETUP) ## Run all tests, those on real vLLM servers included.
 	@echo "Testing besteffort: the library first, then the stages on real vLLM servers (about 8 minutes)"

@@ -22,11 +22,15 @@ from starlette.types import ASGIApp
 
 
 class FakeEngine:
-    """Answers `max_tokens` tokens, one each `step_s`; the prompt may ask for a fault."""
+    """Answers `max_tokens` tokens, one each `step_s`; the prompt may ask for a fault.
 
-    def __init__(self, name: str, step_s: float = 0.0) -> None:
+    If it `counts`, streams end with their number of tokens.
+    """
+
+    def __init__(self, name: str, step_s: float = 0.0, *, counts: bool = False) -> None:
         self.name = name
         self.step_s = step_s
+        self.counts = counts
         self.bodies: list[dict[str, Any]] = []
         self.num_running = 0
         self.num_cancelled = 0
@@ -65,6 +69,8 @@ class FakeEngine:
                 choice = {"index": 0, "text": f" {index}"}
                 # As vLLM writes it: no space after a colon.
                 yield b"data: " + json.dumps({"choices": [choice]}, separators=(",", ":")).encode() + b"\n\n"
+            if self.counts:
+                yield b'data: {"choices":[],"usage":{"completion_tokens":%d}}\n\n' % num_tokens
             yield b"data: [DONE]\n\n"
         except asyncio.CancelledError:
             self.num_cancelled += 1

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 
 from besteffort.advantages import ADVANTAGE_RECIPES
+from besteffort.artifacts import files
 from besteffort.artifacts.policy_file import TrainedPolicy, save_policy
+from besteffort.artifacts.profile_file import save_samples
 from besteffort.environment import encoding_for
 from besteffort.errors import FleetError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.observation import Encoding
+from besteffort.profiling import origin_of
 from besteffort.q_network import QNetwork
 from besteffort.stages import demo, training_setup
 from besteffort.training.torch_network import export_network, make_network
@@ -50,15 +53,15 @@ def test_documents_that_were_given_and_are_not_there_end_the_demo(spec: demo.Dem
 
 
 def test_what_was_measured_before_is_used_again_only_for_the_same_fleet_toml(spec: demo.Demo) -> None:
-    from besteffort.artifacts import files
-    from besteffort.artifacts.profile_file import save_samples
-
     toml = spec.fleet_dir / "fleet.toml"
-    toml.write_text("name = 'a'")
+    toml.write_bytes((ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml").read_bytes())
     assert not demo._is_of_fleet(spec)
-    save_samples(spec.profile, [], {"fleet_sha256": files.sha256(toml)})
-    assert demo._is_of_fleet(spec)
-    toml.write_text("name = 'b'")
+    origin = origin_of(load_fleet(spec.fleet_dir))
+    for now, used in ((origin, True), ({**origin, "vllm": "0.1"}, False), ({}, False)):
+        save_samples(spec.profile, [], {"fleet_sha256": files.sha256(toml), "origin": now})
+        assert demo._is_of_fleet(spec) is used
+    toml.write_text(toml.read_text() + "# changed")
+    save_samples(spec.profile, [], {"fleet_sha256": "of another", "origin": origin})
     assert not demo._is_of_fleet(spec)
 
 

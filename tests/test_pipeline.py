@@ -24,7 +24,8 @@ from besteffort.artifacts.profile_file import load_latency, load_samples
 from besteffort.engines.child import free_port
 from besteffort.engines.client import complete, completion_body, open_session, random_prompt
 from besteffort.fleet import load_fleet
-from besteffort.stages.profile import plan_runs
+from besteffort.profiling import plan_runs
+from besteffort.profiling.origin import vllm_version
 from tests.conftest import ROOT, SHARED_DATA, TinyEngines
 from tests.fake_engine import wait_for
 from tests.test_cli import TABLE_1, run
@@ -35,7 +36,7 @@ AZURE = SHARED_DATA / "traces" / "AzureLLMInferenceTrace_code.csv"
 
 
 def test_a_profile_killed_half_way_goes_on_where_it_stopped(tiny_engines: TinyEngines) -> None:
-    words = ("profile", tiny_engines.fleet_dir, *tiny_engines.engine_options)
+    words = ("profile", tiny_engines.fleet_dir, "--budget", "60s", *tiny_engines.engine_options)
     partial = tiny_engines.fleet_dir / "profile.partial.parquet"
     with subprocess.Popen(
         [sys.executable, "-m", "besteffort", *map(str, words)], stderr=subprocess.DEVNULL
@@ -48,10 +49,15 @@ def test_a_profile_killed_half_way_goes_on_where_it_stopped(tiny_engines: TinyEn
     assert f"going on after {len(kept)} samples" in done.stderr
     samples, facts = load_samples(tiny_engines.fleet_dir / "profile.parquet")
     assert samples[: len(kept)] == kept
-    assert len(samples) == sum(len(r.models) for r in plan_runs(tiny_engines.fleet))
+    needed = [run for run in plan_runs(tiny_engines.fleet) if run.needed]
+    # A prompt that joins a batch gives two samples: what the batch loses, and how long the prompt waits.
+    assert len(samples) >= sum(len(run.models) * (1 + (run.kind == "stall")) for run in needed)
     assert facts["stage"] == "profile"
+    assert facts["origin"]["vllm"] == vllm_version()
     assert not partial.exists()
-    assert all(sample.num_measurements >= 6 and sample.std_ms >= 0 for sample in samples)
+    assert all(sample.fitted_ms is not None and sample.std_ms >= 0 for sample in samples)
+    assert (tiny_engines.fleet_dir / "profile.png").exists()
+    assert "opt-90m alone keeps" in done.stderr
 
 
 def test_a_larger_model_takes_longer(tiny_engines: TinyEngines) -> None:
@@ -59,6 +65,28 @@ def test_a_larger_model_takes_longer(tiny_engines: TinyEngines) -> None:
     latency = load_latency(tiny_engines.fleet_dir / "profile.parquet", tiny_engines.fleet)
     small, medium, large = latency.step_table_ms(8)[:, 8]
     assert small < medium < large
+
+
+def test_the_simulator_and_vllm_serve_one_trace_by_the_same_policies_and_are_compared(
+    tiny_engines: TinyEngines, tmp_path: Path
+) -> None:
+    """In short: how near they are depends on what else the machine does; `make fidelity` measures it."""
+    fleet_dir, trace = tiny_engines.fleet_dir, tmp_path / "short.parquet"
+    run("trace", "generate", "stable", fleet_dir, "-o", trace, "--seed", 2, "--rate", 6, "--duration", 12)
+    policies = ("static:opt-3m", "static:opt-22m", "round-robin")
+    words = [word for policy in policies for word in ("--policy", policy)]
+    options = (*words, "--compare", "--rewards", TABLE_1, "--json", *tiny_engines.engine_options)
+    done = run("replay", trace, fleet_dir, *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["policies"] == list(policies)
+    for pair in found["pairs"]:
+        assert pair["vllm"]["answered"] == pair["simulated"]["answered"] > 0
+        assert pair["vllm"]["selection"] == pair["simulated"]["selection"]
+    # Who is worth more is not for the machine to decide where both are in time: by Table 1 it is the larger.
+    simulated = [pair["simulated"]["performance"] for pair in found["pairs"]]
+    assert simulated[0] < simulated[1]
+    assert found["kendall_tau"] is not None
 
 
 def test_the_first_300_requests_of_the_azure_code_trace_are_all_answered(

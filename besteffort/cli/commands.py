@@ -23,7 +23,7 @@ DEFAULT_GPU = "titan-rtx"  # the paper's (App. A)
 
 
 def register(app: typer.Typer) -> None:
-    for command in (profile, score, tune, train, serve, replay, demo, paper, doctor):
+    for command in (profile, score, tune, train, serve, replay, fidelity, demo, paper, doctor):
         app.command()(command)
 
 
@@ -50,21 +50,27 @@ def profile(
     suggest_deadline: Annotated[
         bool, typer.Option("--suggest-deadline", help="Say which deadlines leave a choice as the paper's do.")
     ] = False,
+    on_this_gpu: Annotated[
+        bool,
+        typer.Option("--on-this-gpu", help="Into a fleet directory of its own, named after the GPU here."),
+    ] = False,
     seed: Seed = 0,
 ) -> None:
-    """Measure each model's latency on this machine: by batch size, prompt length, and side by side.
+    """Measure each model's latency on this machine: by batch size, context, prompt length, and side by side.
 
-    A run that was cut off goes on where it stopped.
+    A run that was cut off goes on where it stopped. It ends with a plot, and with what the figures mean
+    for the deadlines.
 
     \b
     Example:
       besteffort profile artifacts/tiny-opt-cpu
       besteffort profile artifacts/titan-rtx-opt --model-only roofline --gpu titan-rtx
+      besteffort profile artifacts/one-gpu-opt --on-this-gpu --budget 15m --suggest-deadline
     """
     from besteffort.errors import UsageError
 
-    if (model_only is None and gpu is not None) or (model_only is not None and engine):
-        raise UsageError("--gpu goes only with --model-only, and --engine never does")
+    if (model_only is None and gpu is not None) or (model_only is not None and (engine or on_this_gpu)):
+        raise UsageError("--gpu goes only with --model-only, and --engine and --on-this-gpu never do")
     if model_only is not None:
         from besteffort.stages.model_profile import model_profile
 
@@ -79,6 +85,10 @@ def profile(
         return
     from besteffort.stages.profile import profile
 
+    if on_this_gpu:
+        from besteffort.stages.gpu_fleet import gpu_fleet
+
+        fleet_dir = gpu_fleet(fleet_dir, ConsoleProgress())
     profile(
         fleet_dir,
         output=output or fleet_dir / "profile.parquet",
@@ -214,15 +224,20 @@ def replay(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A Parquet file; see `besteffort trace`.")],
     fleet_dir: FleetDir,
     policy: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--policy",
             metavar="POLICY",
-            help=f"{POLICY_HELP} With --simulate: hindsight, which knows the trace. Not with --url.",
+            help=f"{POLICY_HELP} With --simulate: hindsight, which knows the trace. Not with --url. "
+            "With --compare several; else the last one counts.",
         ),
     ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Through the simulator, over the profile.")
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Through both, by each --policy, and say how far apart they are."),
     ] = False,
     url: Annotated[
         str | None, typer.Option(help="A besteffort router that runs already, and has its own policy.")
@@ -249,16 +264,19 @@ def replay(
       besteffort replay traces/calm.parquet artifacts/tiny-opt-cpu --policy greedy \\
         --rewards artifacts/titan-rtx-opt/rewards.parquet
     """
-    from besteffort.cli.tables import print_comparison, print_where
+    from besteffort.cli.tables import print_comparison, print_fidelity, print_where
     from besteffort.errors import UsageError
     from besteffort.stages.replay import Replay, replay
 
     if sum([simulate, url is not None, engine is not None]) > 1 or (url and policy):
         raise UsageError("--simulate, --url and --engine exclude each other, and so do --url and --policy")
+    if compare and (simulate or url):
+        raise UsageError("--compare does both by itself: leave out --simulate and --url")
+    policies = policy or []
     spec = Replay(
         trace=trace,
         fleet_dir=fleet_dir,
-        policy=policy,
+        policy=policies[-1] if policies else None,
         profile=profile or fleet_dir / "profile.parquet",
         rewards=rewards or fleet_dir / "rewards.parquet",
         simulated=simulate,
@@ -268,6 +286,16 @@ def replay(
         seed=seed,
         budget_s=budget_s,
     )
+    if compare:
+        from besteffort.stages.compare import compare as compare_both
+
+        found, folder = compare_both(spec, policies, ConsoleProgress())
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            print_fidelity(found)
+            print_where({"Look at": folder / "comparison.html"})
+        return
     summary, folder = replay(spec, ConsoleProgress())
     for error in summary["errors"]:
         typer.echo(f"{error['count']} requests failed: {error['message']}", err=True)
@@ -278,6 +306,50 @@ def replay(
         print_where({"Look at": folder / "report.html"})
     if not summary["answered"]:
         raise typer.Exit(1)
+
+
+def fidelity(
+    fleet_dir: FleetDir,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure no profile: take this one.")
+    ] = None,
+    rewards: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For routing, instead of the paper's Table 1 (titan-rtx-opt)."),
+    ] = None,
+    azure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="AzureLLMInferenceTrace_code.csv, to replay too.")
+    ] = None,
+    engine: Engine = None,
+    docs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Put the table into this page as well.")
+    ] = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="One model alone and two policies: two minutes.")
+    ] = False,
+) -> None:
+    """Hold the simulator against real vLLM, on traces that the profile has not seen; 30 minutes.
+
+    \b
+    Example:
+      besteffort fidelity artifacts/tiny-opt-cpu
+    """
+    from besteffort.cli.tables import print_marks
+    from besteffort.stages.fidelity import Spec, write_table
+    from besteffort.stages.fidelity import fidelity as run_fidelity
+
+    spec = Spec(
+        fleet_dir=fleet_dir,
+        rewards=rewards or fleet_dir.parent / "titan-rtx-opt" / "rewards.parquet",
+        profile=profile,
+        azure=azure,
+        short=short,
+        attached=parse_engines(engine),
+    )
+    rows = run_fidelity(spec, ConsoleProgress())
+    for page in (fleet_dir / "fidelity.md", *([docs] if docs else [])):
+        write_table(page, rows, spec)
+    print_marks([(row.what, row.shown, row.wanted, row.reached, row.remark) for row in rows])
 
 
 def demo(

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from besteffort.report import comparison_table
+from besteffort.report import comparison_table, fidelity_table
 
 if TYPE_CHECKING:
     from besteffort.gate import Row
@@ -26,6 +26,36 @@ def print_comparison(summaries: Sequence[dict[str, Any]]) -> None:
     # A width that no log folds: numbers are compared down a column or not at all.
     width = None if Console().is_terminal else 160
     Console(width=width, highlight=False).print(drawn)
+
+
+def print_fidelity(found: dict[str, Any]) -> None:
+    """A row per policy and model, the simulator's figure first; then what it comes to."""
+    table = fidelity_table(found)
+    drawn = Table(*table.headers, title="simulated / vLLM (error of the simulator)", title_justify="left")
+    for row in table.rows:
+        drawn.add_row(*row)
+    width = None if Console().is_terminal else 200
+    console = Console(width=width, highlight=False)
+    console.print(drawn)
+    tau, num_policies = found["kendall_tau"], len(found["policies"])
+    console.print(
+        f"performance at most {_points(found['performance_apart'])} points apart, deadlines met at most "
+        f"{_points(found['deadline_met_apart'])}; Kendall's tau of the order of {num_policies}: "
+        + ("none, they are all alike" if tau is None else f"{tau:.2f}")
+    )
+
+
+def print_marks(rows: Sequence[tuple[str, str, str, bool, str]]) -> None:
+    """What was found, what was wanted, and whether it is so."""
+    drawn = Table("", "error", "mark", "reached", "simulated and real")
+    for what, shown, wanted, reached, remark in rows:
+        drawn.add_row(escape(what), shown, wanted, "yes" if reached else "no", remark)
+    width = None if Console().is_terminal else 160
+    Console(width=width, highlight=False).print(drawn)
+
+
+def _points(apart: Sequence[float]) -> str:
+    return f"{100 * max(abs(value) for value in apart):.1f}"
 
 
 def print_gate(rows: "Sequence[Row]") -> None:

@@ -61,6 +61,10 @@ def running_engines(
                 continue
             started = [_start(fleet, fleet_dir, model, replica) for replica in range(model.replicas)]
             children += started
+            if fleet.num_gpus and model is not fleet.models[-1]:
+                # A server takes what memory others take meanwhile for its own: one after the other.
+                with progress.bar(f"Starting {model.name}", len(started)) as bar:
+                    wait_until_healthy(started, fleet.engine.start_timeout_s, bar)
             by_model.append([url for _, url in started])
         if children:
             with progress.bar(f"Starting {len(children)} vLLM servers", len(children)) as bar:

@@ -14,6 +14,7 @@ from besteffort.artifacts.rewards_file import load_rewards
 from besteffort.engines.running import Engines, Urls, running_engines
 from besteffort.errors import InputError
 from besteffort.fleet import Fleet, load_fleet
+from besteffort.profiling import doubts
 from besteffort.progress import Progress
 from besteffort.report import write_comparison
 from besteffort.stages.profile import profile
@@ -25,6 +26,7 @@ from besteffort.trace import save_trace
 from besteffort.workload import generate_workload
 
 SEED = 1
+PROFILE_BUDGET_S = 100.0  # what a fit needs, and some of what refines it
 NUM_DOCUMENTS = 20  # of each task, scored: enough to see it work
 # Unpredictable-2 (paper, App. B) with the rate drawn anew so often that a minute sees many rates.
 NUM_REQUESTS = 240
@@ -105,15 +107,25 @@ def _profile(demo: Demo, attached: Urls, progress: Progress) -> None:
     if not demo.fresh and _is_of_fleet(demo):
         progress.say(f"{demo.profile}: measured before on this fleet; used again")
         return
-    profile(demo.fleet_dir, output=demo.profile, attached=attached, seed=SEED, progress=progress)
+    profile(
+        demo.fleet_dir,
+        output=demo.profile,
+        attached=attached,
+        seed=SEED,
+        budget_s=PROFILE_BUDGET_S,
+        progress=progress,
+    )
 
 
 def _is_of_fleet(demo: Demo) -> bool:
+    fleet_toml = demo.fleet_dir / "fleet.toml"
     try:
         _, facts = load_samples(demo.profile)
     except InputError:
         return False
-    return facts.get("fleet_sha256") == files.sha256(demo.fleet_dir / "fleet.toml")
+    if facts.get("fleet_sha256") != files.sha256(fleet_toml):
+        return False
+    return not doubts(demo.profile, facts, load_fleet(demo.fleet_dir))
 
 
 def _score(demo: Demo, fleet: Fleet, attached: Urls, progress: Progress) -> None:

@@ -53,8 +53,23 @@ class Replay:
     budget_s: float = 60.0  # for the search of `hindsight`
 
 
+@dataclass(frozen=True)
+class Replayed:
+    """What became of the requests, what it came to, and the folder with the report."""
+
+    outcomes: Outcomes
+    summary: dict[str, Any]
+    folder: Path
+
+
 def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
-    """Replay and write the report; returns its summary and its folder.
+    """`replay_once`, without the single requests: the summary and its folder."""
+    replayed = replay_once(spec, progress)
+    return replayed.summary, replayed.folder
+
+
+def replay_once(spec: Replay, progress: Progress) -> Replayed:
+    """Replay and write the report.
 
     On Ctrl-C what was answered so far is reported all the same, before the interrupt goes on.
 
@@ -91,7 +106,7 @@ def replay(spec: Replay, progress: Progress) -> tuple[dict[str, Any], Path]:
     if interrupt is not None:
         progress.say(f"interrupted; what was answered so far is in {folder}")
         raise interrupt
-    return summary, folder
+    return Replayed(outcomes, summary, folder)
 
 
 def _name(spec: Replay, policy: Policy | None, fleet: Fleet) -> str:

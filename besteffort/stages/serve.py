@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from besteffort.engines.running import Urls, running_engines
-from besteffort.errors import UsageError
+from besteffort.errors import ProfileError, UsageError
 from besteffort.fleet import load_fleet
 from besteffort.policies import load_named_policy
 from besteffort.progress import Progress
 from besteffort.router import Dispatcher, Settings, run_router
+from besteffort.stages.staleness import warn_if_stale
 
 # Connections that the kernel holds for us while we are busy: a burst is not refused.
 _BACKLOG = 2048
@@ -49,6 +50,11 @@ def serve(
         rng=np.random.default_rng(seed),
         thresholds=fleet_dir / "thresholds.parquet",
     )
+    if profile.exists():
+        try:
+            warn_if_stale(profile, fleet, progress)
+        except ProfileError as error:  # policies that read it have refused it by now
+            progress.say(f"warning: {error}")
     if settings.api_key is None and not host.startswith(_LOOPBACK):
         progress.say(f"warning: whoever reaches {host} can use this router; give --api-key to change that")
     _raise_file_limit()

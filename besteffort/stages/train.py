@@ -22,6 +22,7 @@ from besteffort.gate import Effort, Row, compare, verdict
 from besteffort.observation import Encoding
 from besteffort.policies import learned, load_named_policy
 from besteffort.progress import Progress
+from besteffort.stages.staleness import warn_if_stale
 from besteffort.stages.training_setup import Setup
 from besteffort.trace import load_trace
 from besteffort.training.checkpoint import Checkpoint
@@ -73,6 +74,7 @@ def train(
     kept_at = fleet_dir / "train" / f"{recipe}-{seed}.safetensors"
     fleet = load_fleet(fleet_dir)
     latency = load_latency(setup.profile_path, fleet)
+    warn_if_stale(setup.profile_path, fleet, progress)
     service = Service(fleet, latency, load_rewards(setup.rewards_path, fleet))
     workloads = TrainingWorkloads(fleet, task_mix, _load_traces(traces, fleet))
     start = load_start(init, fleet) if init else None
