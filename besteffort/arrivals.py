@@ -41,6 +41,12 @@ class RecentRates:
         self._counts = [count * exp(-elapsed_s / span_s) + 1.0 for count, span_s in pairs]
         return [count / span_s for count, span_s in zip(self._counts, self._spans_s, strict=True)]
 
+    def remember(self, arrived_at: NDArray[np.float64]) -> None:
+        """Begin as if these arrivals, `(N,)` seconds, had been observed, and none before; at least one."""
+        self._last_at = float(arrived_at[-1])
+        ages_s = self._last_at - arrived_at
+        self._counts = [float(np.exp(-ages_s / span_s).sum()) for span_s in self._spans_s]
+
 
 def recent_rates_per_s(arrived_at: NDArray[np.float64], spans_s: Sequence[float]) -> NDArray[np.float64]:
     """The same for a whole trace, shape `(N, S)`."""
