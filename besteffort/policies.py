@@ -21,7 +21,7 @@ from besteffort.deadline import deadline_weight
 from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet, Task
 from besteffort.latency import Latency
-from besteffort.observation import Encoding, FleetEncoding, Observation
+from besteffort.observation import Encoding, FleetEncoding, FleetRow, Observation
 from besteffort.q_network import Decider, QNetwork
 from besteffort.thresholds import RateSmoother, ThresholdTable
 
@@ -181,15 +181,15 @@ class LearnedOnFleet:
 
     def __init__(self, network: QNetwork, encoding: FleetEncoding, name: str) -> None:
         self.name = name
-        self._encoding = encoding
+        self._row = FleetRow(encoding)
         self._decider = Decider(network)
         self._rates = RecentRates(encoding.spans_s)
-        rates_per_s = [0.0] * len(encoding.spans_s)
-        encoding.encode_one(_idle(encoding.num_models), rates_per_s, self._decider.inputs)  # as above
+        rates_per_s = np.zeros(len(encoding.spans_s))
+        self._row.write(_idle(encoding.num_models), rates_per_s, self._decider.inputs)  # as above
 
     def choose(self, observation: Observation) -> int:
         rates_per_s = self._rates.observe(observation.arrived_at)
-        self._encoding.encode_one(observation, rates_per_s, self._decider.inputs)
+        self._row.write(observation, rates_per_s, self._decider.inputs)
         return _highest(self._decider(), observation.closed)
 
     def remember(self, arrived_at: NDArray[np.float64]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from besteffort.fleet import load_fleet
 from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
+from tests.processes import children_of
 from tests.routing import completion, read_all, read_response
 from tests.test_reload import save_preferring
 
@@ -227,9 +228,9 @@ def test_a_vllm_server_that_is_killed_is_started_again_and_answers_again(tmp_pat
     (tmp_path / "fleet.toml").write_text(f"{top}[[models]]{smallest}{''.join(task[1:])}")
     with serving(tmp_path) as (process, url, _), connect(url) as client:
         client.settimeout(120)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert len(children) == 1
-        os.kill(int(children[0]), signal.SIGKILL)
+        (tether,) = children_of(process.pid)
+        (server,) = children_of(tether)
+        os.kill(server, signal.SIGKILL)
         wait_for(lambda: status_of(client, b"{}") in (502, 503))
         assert process.stderr is not None
         assert "died with exit status -9 and is started again" in process.stderr.readline()
