@@ -70,7 +70,7 @@ def test_rates_that_remember_arrivals_go_on_as_those_that_observed_them(
 ) -> None:
     arrived_at = 100.0 + np.cumsum([0.0, *gaps_s, *[0.1] * num_after])
     observed, remembering = (RecentRates((0.5, 8.0)) for _ in range(2))
-    rates = [observed.observe(at) for at in arrived_at.tolist()]
+    rates = [observed.observe(at).copy() for at in arrived_at.tolist()]
     remembering.remember(arrived_at[:-num_after])
-    remembered = [remembering.observe(at) for at in arrived_at[-num_after:].tolist()]
+    remembered = [remembering.observe(at).copy() for at in arrived_at[-num_after:].tolist()]
     np.testing.assert_allclose(remembered, rates[-num_after:], rtol=1e-9)
