@@ -29,8 +29,9 @@ def own_router(
         for engine in of_model:
             command += ["--engine", f"{name}={engine.url}"]
     log = fleet_dir / "logs" / f"router-{port}.log"
-    # A key meant for another router would keep our own client out.
-    router = Child("the router", command, log, {"BESTEFFORT_API_KEY": ""})
+    # Keys meant for another router would keep our own client out.
+    env = {"BESTEFFORT_API_KEY": "", "BESTEFFORT_ADMIN_API_KEY": ""}
+    router = Child("the router", command, log, env)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_healthy([(router, url)], _START_TIMEOUT_S, SilentBar())
