@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -36,7 +37,7 @@ AZURE = SHARED_DATA / "traces" / "AzureLLMInferenceTrace_code.csv"
 
 
 def test_a_profile_killed_half_way_goes_on_where_it_stopped(tiny_engines: TinyEngines) -> None:
-    words = ("profile", tiny_engines.fleet_dir, "--budget", "60s", *tiny_engines.engine_options)
+    words = ("profile", tiny_engines.fleet_dir, "--budget", "30s", *tiny_engines.engine_options)
     partial = tiny_engines.fleet_dir / "profile.partial.parquet"
     with subprocess.Popen(
         [sys.executable, "-m", "besteffort", *map(str, words)], stderr=subprocess.DEVNULL
@@ -48,7 +49,7 @@ def test_a_profile_killed_half_way_goes_on_where_it_stopped(tiny_engines: TinyEn
     assert done.returncode == 0, done.stderr
     assert f"going on after {len(kept)} samples" in done.stderr
     samples, facts = load_samples(tiny_engines.fleet_dir / "profile.parquet")
-    assert samples[: len(kept)] == kept
+    assert [replace(sample, fitted_ms=None) for sample in samples[: len(kept)]] == kept
     needed = [run for run in plan_runs(tiny_engines.fleet) if run.needed]
     # A prompt that joins a batch gives two samples: what the batch loses, and how long the prompt waits.
     assert len(samples) >= sum(len(run.models) * (1 + (run.kind == "stall")) for run in needed)

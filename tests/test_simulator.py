@@ -262,16 +262,16 @@ class SlowFleet:
 
     def slowdown(self, replica: SlowReplica) -> float:
         running = dict.fromkeys(range(len(self.fleet.models)), 0)
-        seats = dict.fromkeys(running, 0)
+        # So many seats has one of the models on one device, and beyond that nothing gets slower.
+        most = max(-(-m.replicas // self.fleet.num_devices) * m.max_num_seqs for m in self.fleet.models)
         for other in self.replicas:
             if other.device == replica.device:
                 running[other.model] += other.in_flight
-                seats[other.model] += self.fleet.models[other.model].max_num_seqs
         busy = [m for m, number in running.items() if number]
         slow = self.latency.slowdown[replica.model, sum(1 << m for m in busy)]
         for m in busy:
             if m != replica.model:
-                slow += self.latency.pressure[replica.model, m] * np.log2(min(running[m], seats[m]) / 4)
+                slow += self.latency.pressure[replica.model, m] * np.log2(min(running[m], most) / 4)
         return float(max(1.0, slow))
 
     def context_ms(self, replica: SlowReplica) -> float:

@@ -70,13 +70,16 @@ class Latency:
             slow += float(self.pressure[model, other]) * math.log2(size / PRESSURE_AT)
         return max(1.0, slow)
 
-    def slowdown_beside_single_requests(self) -> NDArray[np.float64]:
-        """`slowdown` as it would be with one request at each other model, shape `(M, 2**M)`."""
-        slowdown = np.array(self.slowdown, dtype=np.float64)
-        for model, other in zip(*np.nonzero(self.pressure), strict=True):
-            busy = (np.arange(slowdown.shape[1]) >> other & 1) > 0
-            slowdown[model, busy] -= self.pressure[model, other] * math.log2(PRESSURE_AT)
-        return slowdown
+    def pressure_table(self, max_in_flight: int) -> NDArray[np.float64]:
+        """What each number of requests at another model adds to the slow-down of a model.
+
+        Shape `(M, M, B)`; from `max_in_flight` on nothing more comes, and where there is no pressure B is 1.
+        """
+        if not self.pressure.any():
+            return np.zeros((self.num_models, self.num_models, 1))
+        doublings = np.zeros(max_in_flight + 1)
+        doublings[1:] = np.log2(np.arange(1, max_in_flight + 1) / PRESSURE_AT)
+        return np.asarray(self.pressure[:, :, None] * doublings)
 
     @cached_property
     def _lists(self) -> tuple[list[list[float]], list[list[float]], list[float], list[float], list[float]]:

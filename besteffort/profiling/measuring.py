@@ -23,6 +23,7 @@ _MAX_WAVES = 8  # of a run; more come by repeating it
 _TOGETHER_S = 5.0
 _NUM_PREFILLS = 5
 _NUM_JOINING = 6
+_HURRIED = 2  # prompts of a run that is needed when the budget is spent
 _MAX_REPEATS = 8
 
 
@@ -48,6 +49,8 @@ class Cell:
     def samples(self, fleet: Fleet) -> list[Sample]:
         made = []
         for (kind, model), values in self.values.items():
+            if not values:  # no prompt joined while the whole batch ran
+                continue
             others = [n for n, m in enumerate(self.run.models) if m != model]
             made.append(
                 Sample(
@@ -65,11 +68,17 @@ class Cell:
 
     def width(self, fleet: Fleet) -> float:
         """The largest relative half-width among its figures; a stall is held against its step."""
-        samples = {sample.kind: sample for sample in self.samples(fleet)}
-        joining = samples.pop("joining", None)
-        if joining is not None:  # its wait is no spread of what is measured: it depends on the phase
-            return (samples["stall"].ci_ms or np.inf) / joining.mean_ms
-        return max((s.ci_ms or np.inf) / s.mean_ms for s in self.samples(fleet))
+        samples = self.samples(fleet)
+        if self.run.kind == "stall":
+            # How long a prompt waits is no spread of what is measured: it depends on the phase.
+            whole = [s.mean_ms for s in samples if s.kind == "joining"]
+            samples = [s for s in samples if s.kind == "stall"]
+            return _half(samples[0]) / whole[0] if whole else np.inf
+        return max((_half(s) / s.mean_ms for s in samples), default=np.inf)
+
+
+def _half(sample: Sample) -> float:
+    return np.inf if sample.ci_ms is None else sample.ci_ms
 
 
 class Bench:
@@ -87,36 +96,37 @@ class Bench:
             for _ in range(2):
                 self._step_ms[model, 4] = await anext(waves)
 
-    async def measure(self, cell: Cell) -> None:
+    async def measure(self, cell: Cell, *, hurry: bool = False) -> None:
+        """In a `hurry` just as much as gives a figure."""
         began_at = time.monotonic()
         run = cell.run
         if run.kind == "prefill":
             times = [await first_token_ms(self._targets[run.models[0]], run.num_prompt_tokens)
-                     for _ in range(_NUM_PREFILLS)]  # fmt: skip
+                     for _ in range(_HURRIED if hurry else _NUM_PREFILLS)]  # fmt: skip
             cell.values.setdefault(("prefill", run.models[0]), []).extend(times)
         elif run.kind == "stall":
-            await self._join(cell)
+            await self._join(cell, _HURRIED if hurry else _NUM_JOINING)
         else:
-            await self._decode(cell)
+            await self._decode(cell, hurry)
         cell.took_s += time.monotonic() - began_at
         cell.num_times += 1
 
-    async def _join(self, cell: Cell) -> None:
+    async def _join(self, cell: Cell, num_joining: int) -> None:
         model, batch_size = cell.run.models[0], cell.run.batch_sizes[0]
         joined = await joined_prompts(
             self._targets[model],
             batch_size,
             cell.run.num_prompt_tokens,
-            _NUM_JOINING,
+            num_joining,
             self._usual_step_ms(model, batch_size),
         )
         cell.values.setdefault(("stall", model), []).extend(one.stall_ms for one in joined)
         cell.values.setdefault(("joining", model), []).extend(one.ttft_ms for one in joined)
 
-    async def _decode(self, cell: Cell) -> None:
+    async def _decode(self, cell: Cell, hurry: bool) -> None:
         run = cell.run
         together = len(run.models) > 1
-        ends_at = time.monotonic() + _TOGETHER_S if together else None
+        ends_at = time.monotonic() + (0.0 if hurry else _TOGETHER_S) if together else None
         kind = "interference" if together else "decode"
 
         async def waves(model: int, batch_size: int) -> None:
@@ -131,6 +141,8 @@ class Bench:
             ):
                 values.append(pace_ms)
                 num_waves += 1
+                if hurry and not together:
+                    break
                 if ends_at is not None:
                     if time.monotonic() >= ends_at:
                         break
@@ -192,7 +204,7 @@ async def measure_fleet(
                     continue
                 cell = Cell(run)
                 bar.describe(f"{run.title(fleet)} ({nth + 1} of {len(runs)}; {_outlook(cells, runs, clock)})")
-                await clock.along(bench.measure(cell))
+                await clock.along(bench.measure(cell, hurry=time.monotonic() >= effort.ends_at))
                 cells.append(cell)
                 note(cells)
             await _repeat(cells, bench, fleet, effort, clock, note)

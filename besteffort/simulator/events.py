@@ -62,24 +62,8 @@ def _move_clock(state: State, device: int, now_ms: float) -> None:
     num_models = len(state.models)
     for model in range(num_models):
         if busy >> model & 1:
-            slowdown = _slowdown(state, device, model, busy)
-            state.sites[device * num_models + model]["work_ms"] += elapsed_ms / slowdown
-
-
-@compiled
-def _slowdown(state: State, device: int, model: int, busy: int) -> float:
-    """Of a model that is among the busy ones of its device."""
-    slowdown = state.slowdown[model, busy]
-    if state.pressure.size > 0:
-        num_models = len(state.models)
-        for other in range(num_models):
-            if other != model and busy >> other & 1:
-                site = device * num_models + other
-                num_seats = state.sites[site]["num_replicas"] * state.models[other]["max_num_seqs"]
-                num_running = min(state.sites[site]["in_flight"], num_seats)
-                slowdown += state.pressure[model, other] * np.log2(num_running)
-        slowdown = max(1.0, slowdown)
-    return float(slowdown)
+            site = device * num_models + model
+            state.sites[site]["work_ms"] += elapsed_ms / state.sites[site]["slowdown"]
 
 
 @compiled
@@ -121,7 +105,7 @@ def _schedule(state: State, device: int) -> None:
             site = device * num_models + model
             # Rounding may have carried the work clock past the mark by a trifle.
             left_ms = max(0.0, state.sites[site]["mark_ms"] - state.sites[site]["work_ms"])
-            at_ms = clock_ms + left_ms * _slowdown(state, device, model, busy)
+            at_ms = clock_ms + left_ms * state.sites[site]["slowdown"]
             if at_ms < soonest_ms:
                 soonest_ms, soonest_model = at_ms, model
     state.devices[device]["next_model"] = soonest_model
@@ -154,7 +138,15 @@ def _count(state: State, replica: int, change: int) -> None:
     site = device * len(state.models) + model
     state.sites[site]["in_flight"] += change
     busy = state.devices[device]["busy_set"] & ~(1 << model)
-    state.devices[device]["busy_set"] = busy | (state.sites[site]["in_flight"] > 0) << model
+    busy |= (state.sites[site]["in_flight"] > 0) << model
+    state.devices[device]["busy_set"] = busy
+    num_models, last = len(state.models), state.pressure.shape[2] - 1
+    for own in range(num_models):
+        slowdown = state.slowdown[own, busy]
+        for other in range(num_models):
+            num_others = state.sites[device * num_models + other]["in_flight"]
+            slowdown += state.pressure[own, other, min(num_others, last)]
+        state.sites[device * num_models + own]["slowdown"] = max(1.0, slowdown)
 
 
 @compiled

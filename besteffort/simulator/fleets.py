@@ -68,8 +68,8 @@ def idle_state(fleet: Fleet, latency: Latency, workloads: Sequence[Requests]) ->
         marks=copies(_tournaments(_site_of(replicas, len(models)), key=np.inf)),
         events=copies(tournament(np.arange(fleet.num_devices), key=np.inf)),
         step_ms=np.ascontiguousarray(latency.step_table_ms(int(max_num_seqs.max()))),
-        slowdown=np.ascontiguousarray(latency.slowdown_beside_single_requests()),
-        pressure=np.array(latency.pressure if latency.pressure.any() else np.zeros((0, 0)), order="C"),
+        slowdown=np.array(latency.slowdown, dtype=np.float64, order="C"),
+        pressure=np.ascontiguousarray(latency.pressure_table(_most_seats(fleet))),
     )
 
 
@@ -152,6 +152,11 @@ def _tournaments(group_of: NDArray[np.int64], key: float) -> Records:
     in_order = np.argsort(group_of, kind="stable")
     groups = np.split(in_order, np.flatnonzero(np.diff(group_of[in_order])) + 1)
     return np.concatenate([tournament(players, key) for players in groups])
+
+
+def _most_seats(fleet: Fleet) -> int:
+    """Of one model on one device."""
+    return max(-(-model.replicas // fleet.num_devices) * model.max_num_seqs for model in fleet.models)
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -76,6 +76,7 @@ SITE = np.dtype(
     [
         ("work_ms", "f8"),
         ("mark_ms", "f8"),  # the work clock at its next event
+        ("slowdown", "f8"),  # of the work clock, by what is in flight beside it
         ("next_replica", "i4"),  # whose event it is
         ("in_flight", "i4"),
         ("num_replicas", "i4"),
@@ -118,8 +119,8 @@ class State(NamedTuple):
     marks: Records  # (2 * R,) per site a tournament of its replicas by the work clock at their next event
     events: Records  # (2 * D,) a tournament of the devices by the time of their next event
     step_ms: NDArray[np.float64]  # (M, largest batch + 1)
-    slowdown: NDArray[np.float64]  # (M, 2**M) with a single request at each other model
-    pressure: NDArray[np.float64]  # (M, M) added for each doubling of the other's batch; (0, 0): none
+    slowdown: NDArray[np.float64]  # (M, 2**M) by the busy set
+    pressure: NDArray[np.float64]  # (M, M, B) added to it by how many are in flight at another model
 
 
 def on_cache_lines(array: NDArray[_Item]) -> NDArray[_Item]:
