@@ -61,7 +61,7 @@ class AdvantageRecipe(BaseRecipe):
 
 
 ADVANTAGE_RECIPES = {
-    "default": AdvantageRecipe(num_rounds=7),
+    "advantages": AdvantageRecipe(num_rounds=7),
     "demo": AdvantageRecipe(
         num_rounds=6,
         num_workloads=120,
