@@ -16,7 +16,7 @@ from besteffort.observation import FleetEncoding
 from besteffort.q_network import QNetwork
 
 # Over which rates are told: the curves', the short and the long look's; seconds, over the `rate_scale`.
-SPANS_S = (1.0, 2.0, 16.0)
+SPANS_S = (1.0, 3.0, 16.0)
 _GATE = 20.0  # more than any logarithm of a rate or batch size: what shuts a unit
 RAMP = 0.005  # width of what tells calm from busy
 _LIFT = 1.0  # added to levels, so that they pass a ReLU

@@ -9,7 +9,7 @@ from besteffort.training.recipe import BaseRecipe
 class DirectRecipe(BaseRecipe):
     """Everything that is free in the search."""
 
-    num_passes: int = 3
+    num_passes: int = 2
     """over all knots and the calm fleet's thresholds, each piece searched while the others stay"""
     num_fine_tuning_passes: int = 2
     """instead, for a training that starts from a policy"""
@@ -29,7 +29,7 @@ class DirectRecipe(BaseRecipe):
     """workloads at each calm rate that begin with an idle fleet and end soon, as the paper's do (App. B)"""
     short_num_requests: int = 120
     """of each of these"""
-    num_unpredictable: int = 6
+    num_unpredictable: int = 12
     """workloads of either kind"""
     unpredictable_num_requests: int = 6000
     """of each of these"""
