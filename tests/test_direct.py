@@ -147,7 +147,7 @@ def train_tiny(service: Service, **options: object) -> DirectTraining:
 def test_a_training_is_never_worse_than_its_first_evaluation(num_models: int) -> None:
     training = train_tiny(with_models(make_service(), num_models))
     assert training.best_evaluation.performance >= training.curve[0].performance > 0
-    assert training.iteration == TINY.num_passes * training.curves.num_pieces
+    assert training.iteration == TINY.num_passes * (len(KNOTS_PER_S) + 2)
 
 
 def test_the_number_of_threads_does_not_change_the_result() -> None:

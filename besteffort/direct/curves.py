@@ -15,6 +15,7 @@ KNOTS_PER_S = (0.6, 2.1, 3.5, 5.0, 7.0, 10.0, 14.0, 19.0, 25.0, 32.0, 40.0, 48.0
 # Below which the search begins to call a fleet calm, by the long look and by the short one.
 CALM_BELOW_PER_S = (3.4, 4.8)
 BINS_PER_KNOT = 12  # in which a search reads the curves; the network reads them as they are
+NO_RATE = -10.0  # below every logarithm of a rate
 NEVER = -0.5  # a level at which a model is not used
 Levels = NDArray[np.float64]  # log2(1 + batch size); below 0 a model is never used
 
@@ -40,10 +41,9 @@ class ThresholdCurves:
         calm[:, -1:] = np.log2(1.0 + caps[-1:])
         return cls(levels, calm, log_rate(np.array(CALM_BELOW_PER_S)), np.log2(1.0 + caps))
 
-    @property
-    def num_pieces(self) -> int:
-        """The knots, what there is for a calm fleet, and the highest levels."""
-        return len(self.levels) + 2
+    def without_calm(self) -> "ThresholdCurves":
+        """No rate is low enough."""
+        return replace(self, calm_below=np.full(2, NO_RATE))
 
     def piece(self, index: int) -> NDArray[np.float64]:
         """What a search of one piece begins with, `(n,)`."""

@@ -18,8 +18,8 @@ from besteffort.training.workloads import TrainingWorkloads
 from besteffort.workload import stable, unpredictable_1, unpredictable_2
 
 BUSY_FROM_PER_S = 9.0
-SHORT_RATES_PER_S = (1.0, 2.0, 3.0, 4.0, 6.0)
-SHORT_WEIGHT = 0.5  # of the short ones, beside 1 for all other steady ones
+SHORT_RATES_PER_S = (2.0, 3.0, 4.0)
+SHORT_WEIGHT, UNPREDICTABLE_WEIGHT = 1.5, 1.5  # of each kind, beside 1 for all long steady ones
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Group:
 def draw_groups(workloads: TrainingWorkloads, recipe: DirectRecipe, rng: np.random.Generator) -> list[Group]:
     """Steady ones at every knot, short ones, unpredictable ones of either kind, and pieces of the traces.
 
-    The three kinds of random ones weigh the same, as in evaluations (`Trials.mean`).
+    The short ones weigh much: what a calm fleet gives away is little, and shall be none.
     """
     steady, short, piece_rng, *others = rng.spawn(3 + 2 * recipe.num_unpredictable)
 
@@ -54,7 +54,7 @@ def draw_groups(workloads: TrainingWorkloads, recipe: DirectRecipe, rng: np.rand
     for nth, generate in enumerate((unpredictable_1, unpredictable_2)):
         rngs = others[nth::2]
         drawn = [generate(workloads.mixed(own), own, recipe.unpredictable_num_requests) for own in rngs]
-        groups.append(Group(drawn, 1.0 + SHORT_WEIGHT))
+        groups.append(Group(drawn, UNPREDICTABLE_WEIGHT))
     if workloads.traces:
         parts = [trace.trained_on for trace in workloads.traces]
         pieces = workloads.pieces(parts, recipe.unpredictable_num_requests, piece_rng)

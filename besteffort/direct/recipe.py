@@ -25,7 +25,7 @@ class DirectRecipe(BaseRecipe):
     """of a steady workload below `BUSY_FROM_PER_S`"""
     busy_num_requests: int = 5000
     """of one from there on: a backlog takes long to show"""
-    num_short: int = 20
+    num_short: int = 30
     """workloads at each calm rate that begin with an idle fleet and end soon, as the paper's do (App. B)"""
     short_num_requests: int = 120
     """of each of these"""
@@ -35,6 +35,12 @@ class DirectRecipe(BaseRecipe):
     """of each of these"""
     evaluation_num_requests: int = 4000
     """of each workload on which a pass's policy is judged"""
+    with_calm: bool = True
+    """thresholds of its own for a calm fleet"""
+    with_highest: bool = True
+    """a highest batch size for each model, whatever the rate"""
+    with_check: bool = True
+    """what a search finds is kept only if it is better on other workloads too"""
     num_threads: int = 2
     """that simulate; the result does not depend on it"""
 
@@ -44,4 +50,17 @@ class DirectRecipe(BaseRecipe):
 
 DIRECT_RECIPES = {
     "default": DirectRecipe(),
+    "quick": DirectRecipe(
+        num_passes=1,
+        num_generations_alone=25,
+        num_generations=10,
+        calm_num_requests=500,
+        busy_num_requests=1500,
+        num_short=10,
+        num_unpredictable=4,
+        unpredictable_num_requests=3000,
+        evaluation_num_requests=1500,
+        gate_num_seeds=2,
+        gate_num_requests=1000,
+    ),
 }

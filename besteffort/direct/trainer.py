@@ -84,7 +84,7 @@ class DirectTrainer:
     def run(self, progress: Progress) -> DirectTraining:
         training, recipe = self.training, self._recipe
         began_at = time.monotonic() - training.wall_s
-        num_pieces = recipe.num_passes * self._curves.num_pieces
+        num_pieces = recipe.num_passes * len(self._pieces)
         num_alone = 0 if self._init else len(KNOTS_PER_S)
         with progress.bar("train", num_alone + num_pieces) as bar:
             if not training.curve:
@@ -104,6 +104,13 @@ class DirectTrainer:
                 bar.advance()
                 self.save()
         return training
+
+    @property
+    def _pieces(self) -> list[int]:
+        """In the order of a pass: what holds at all rates, a calm fleet, then from the highest rate down."""
+        num_knots, recipe = len(KNOTS_PER_S), self._recipe
+        first = [num_knots + 1] * recipe.with_highest + [num_knots] * recipe.with_calm
+        return [*first, *reversed(range(num_knots))]
 
     @property
     def _curves(self) -> ThresholdCurves:
@@ -127,7 +134,8 @@ class DirectTrainer:
             for of_knot in pool.map(one, range(len(KNOTS_PER_S))):
                 levels.append(of_knot)
                 bar.advance()
-        return ThresholdCurves.starting_from(np.stack(levels), self._caps).clipped(self._caps)
+        curves = ThresholdCurves.starting_from(np.stack(levels), self._caps).clipped(self._caps)
+        return curves if self._recipe.with_calm else curves.without_calm()
 
     def _likely(self) -> Levels:
         """Of a good part of the largest batch with which a model makes the deadline alone, `(T, M - 1)`."""
@@ -140,8 +148,8 @@ class DirectTrainer:
     def step(self) -> float:
         """Search one piece. It draws from its own seed, so that a continued training is the same training."""
         training, recipe, curves = self.training, self._recipe, self._curves
-        nth_pass, nth_piece = divmod(training.iteration, curves.num_pieces)
-        piece = curves.num_pieces - 1 - nth_piece  # what holds at all rates first, then from the highest down
+        nth_pass, nth_piece = divmod(training.iteration, len(self._pieces))
+        piece = self._pieces[nth_piece]
         share = nth_pass / max(1, recipe.num_passes - 1)
         step = recipe.first_step + share * (recipe.last_step - recipe.first_step)
 
@@ -153,10 +161,10 @@ class DirectTrainer:
         point, reached = settle(worth, start, recipe.num_generations, rng, step=step)
         found = curves.with_piece(piece, point).clipped(self._caps)
         # What a search finds owes a part of its worth to the workloads it was searched on.
-        if self._checked.worth(found) > self._checked.worth(curves):
+        if not recipe.with_check or self._checked.worth(found) > self._checked.worth(curves):
             training.curves = found
         training.iteration += 1
-        if training.iteration % curves.num_pieces == 0:
+        if training.iteration % len(self._pieces) == 0:
             self._evaluate()
         return reached
 
@@ -171,12 +179,7 @@ class DirectTrainer:
         return np.stack([self._likely()] * len(KNOTS_PER_S))
 
     def _branching_on(self, requests: Requests) -> Branching:
-        encoding, fleet, at = self._encoding, self._service.fleet, requests.arrived_at
-        rates = arrival_rates_per_s(at), recent_rates_per_s(at, encoding.spans_s)
-        inputs = encoding.encode_request(requests.task, *rates)
-        scale = np.array(encoding.in_flight_scale, dtype=np.float32)
-        routing = Routing(scale, np.zeros((len(fleet.tasks), len(self._caps))))
-        return Branching(requests, fleet, self._service.latency, self._service.values, routing, inputs)
+        return branching_on(requests, self._service, self._encoding)
 
     def save(self) -> None:
         if self._checkpoint is None:
@@ -195,3 +198,13 @@ class DirectTrainer:
         self.training.restore(facts, network_of("best", tensors))
         self.training.curves = ThresholdCurves(*(tensors[name].numpy() for name in _PARTS))
         return True
+
+
+def branching_on(requests: Requests, service: Service, encoding: FleetEncoding) -> Branching:
+    """To serve these requests by networks that read the fleet's state."""
+    fleet, at = service.fleet, requests.arrived_at
+    rates = arrival_rates_per_s(at), recent_rates_per_s(at, encoding.spans_s)
+    inputs = encoding.encode_request(requests.task, *rates)
+    unused = np.zeros((len(fleet.tasks), len(fleet.models) - 1))
+    routing = Routing(np.array(encoding.in_flight_scale, dtype=np.float32), unused)
+    return Branching(requests, fleet, service.latency, service.values, routing, inputs)
