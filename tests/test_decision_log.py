@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -14,20 +15,30 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from besteffort.artifacts.decisions_file import SCHEMA, save_decisions
+from besteffort import dqn
+from besteffort.artifacts.decisions_file import RECORDED, SCHEMA, save_decisions
+from besteffort.artifacts.files import sha256
+from besteffort.artifacts.policy_file import load_policy
+from besteffort.cli import app
 from besteffort.engines.running import Engine
 from besteffort.errors import TraceError
-from besteffort.fleet import Fleet
+from besteffort.fleet import Fleet, load_fleet
 from besteffort.policies import Policy, RoundRobin, load_named_policy
+from besteffort.progress import Silent
 from besteffort.router import DecisionLog, Dispatcher
 from besteffort.router.prompt_count import PromptCount, estimate
+from besteffort.stages.train import train
 from besteffort.trace import load_trace, read_trace
+from besteffort.workload import generate_workload
+from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
 from tests.routing import routing
+from tests.test_dqn import BRIEF, TINY
 from tests.test_reload import save_preferring
 from tests.test_serve import engine, fleet_dir, serving, vllm_like
 
@@ -293,3 +304,61 @@ def post(url: str) -> None:
     with socket.create_connection(("127.0.0.1", urlsplit(url).port or 0), timeout=20) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n{}")
         assert client.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.fixture
+def titan_log(tmp_path: Path) -> tuple[Path, Path]:
+    """The paper's fleet, and a log of 1,500 requests to it, in two parts whose arrivals overlap."""
+    fleet_dir = tmp_path / "titan"
+    fleet_dir.mkdir()
+    for name in ("fleet.toml", "profile.parquet", "rewards.parquet"):
+        shutil.copy(ROOT / "artifacts" / "titan-rtx-opt" / name, fleet_dir)
+    fleet, logs = load_fleet(fleet_dir), tmp_path / "logs"
+    requests = generate_workload("unpredictable-2", fleet, np.random.default_rng(0), num_requests=1500)
+    for part in range(2):
+        rows = slice(part, None, 2)
+        of_all = {
+            "received_at_s": 1.7e9 + 5.0 * requests.arrived_at[rows],
+            "task": requests.task[rows],
+            "num_prompt_tokens": requests.num_prompt_tokens[rows],
+            "num_output_tokens": requests.num_output_tokens[rows],
+        }
+        zero = ("num_tokens_received", "model", "replica", "num_retries", "decision_ms", "duration_ms")
+        same = {"request_id": "x", "prompt_estimated": False, "outcome": "ok", "deadline_ms_per_token": 40.0}
+        same |= dict.fromkeys(zero, 0)
+        table = pa.table(
+            [
+                pa.array(of_all[field.name], field.type)
+                if field.name in of_all
+                else pa.array([same.get(field.name)] * 750, field.type)
+                for field in RECORDED
+            ],
+            schema=RECORDED,
+        )
+        save_decisions(logs / f"decisions-{part}.parquet", table, fleet, {})
+    return fleet_dir, logs
+
+
+def test_a_log_is_replayed_and_described_like_any_trace(
+    titan_log: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet_dir, logs = titan_log
+    app(["trace", "describe", str(logs), str(fleet_dir), "--json"], standalone_mode=False)
+    described = json.loads(capsys.readouterr().out)
+    assert (described["num_requests"], described["provenance"]["source"]) == (1500, "decision log of 2 parts")
+    app(["trace", "describe", str(logs / "decisions-1.parquet"), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["num_requests"] == 750
+    replay = ["replay", str(logs), str(fleet_dir), "--simulate", "--policy", "static:opt-125m", "--json"]
+    app(replay, standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["answered"] == 1500
+
+
+def test_a_log_is_trained_from_like_any_trace(
+    titan_log: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet_dir, logs = titan_log
+    monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
+    train(fleet_dir, recipe="tiny", traces=[logs], force=True, gate=BRIEF, progress=Silent())
+    facts = load_policy(fleet_dir / "policy.safetensors", load_fleet(fleet_dir)).facts
+    assert facts["sha256"]["trace logs"] == sha256(logs)
+    assert set(facts["evaluation_by_trace"]) == {"logs"}
