@@ -48,6 +48,12 @@ class RecentRates:
         _count_arrival(self._counts, self._rates_per_s, self._spans_s, elapsed_s)
         return self._rates_per_s
 
+    def remember(self, arrived_at: NDArray[np.float64]) -> None:
+        """Begin as if these arrivals, `(N,)` seconds, had been observed, and none before; at least one."""
+        self._last_at = float(arrived_at[-1])
+        ages_s = self._last_at - arrived_at
+        self._counts[:] = [np.exp(-ages_s / span_s).sum() for span_s in self._spans_s]
+
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _count_arrival(

@@ -1,17 +1,22 @@
 """What the router knows, and whom it sends a request to. No HTTP here."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
 
 from besteffort.arrivals import ArrivalRateEstimator
 from besteffort.engines.running import Engine, Engines
 from besteffort.errors import EngineError
 from besteffort.fleet import Fleet
 from besteffort.observation import Observation
-from besteffort.policies import Policy
+from besteffort.policies import Policy, Remembers
 from besteffort.router.loads import Loads
+
+_NUM_REMEMBERED = 32_768  # arrivals, for a policy that is put in charge while requests come
 
 
 class NoReplicaError(EngineError):
@@ -50,6 +55,7 @@ class Dispatcher:
         self.clock = clock
         self.arrival_rate_per_s = 0.0
         self._estimator = ArrivalRateEstimator()
+        self._arrivals = deque[float](maxlen=_NUM_REMEMBERED)
         self._loads = Loads([len(of_model) for of_model in engines], fleet.num_devices)
 
     @property
@@ -76,6 +82,7 @@ class Dispatcher:
         """
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
+        self._arrivals.append(arrived_at)
         chosen = self.policy.choose(self._observe(task, arrived_at)) if pinned is None else pinned
         return self._send(task, chosen, arrived_at, pinned is not None)
 
@@ -104,6 +111,12 @@ class Dispatcher:
     def set_available(self, model: int, replica: int, available: bool) -> None:
         """Whether requests may go to the replica. What is in flight there goes on until it is ended."""
         self._loads.set_up(model, replica, available)
+
+    def put_in_charge(self, policy: Policy) -> None:
+        """Let another policy decide from the next request on, as if it had seen the last arrivals."""
+        if isinstance(policy, Remembers) and self._arrivals:
+            policy.remember(np.array(self._arrivals))
+        self.policy = policy
 
     def _observe(self, task: int, arrived_at: float) -> Observation:
         loads = self._loads
