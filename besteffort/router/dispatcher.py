@@ -11,6 +11,7 @@ from besteffort.errors import EngineError
 from besteffort.fleet import Fleet
 from besteffort.observation import Observation
 from besteffort.policies import Policy
+from besteffort.router.forecast import Forecast
 from besteffort.router.loads import Loads
 
 
@@ -18,8 +19,10 @@ class NoReplicaError(EngineError):
     """Every replica that could take the request is down."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Route:
+    """Not frozen only because there is one for each request, and that would take twice as long."""
+
     task: int
     model: int
     replica: int
@@ -27,6 +30,7 @@ class Route:
     arrived_at: float  # s, by the dispatcher's clock
     decision_s: float
     pinned: bool
+    predicted_ms_per_token: float | None = None  # by the batch sizes at the decision
 
 
 class Dispatcher:
@@ -41,11 +45,13 @@ class Dispatcher:
         policy: Policy,
         engines: Engines,
         clock: Callable[[], float] = time.perf_counter,
+        forecast: Forecast | None = None,
     ) -> None:
         self.fleet = fleet
         self.policy = policy
         self.engines = engines
         self.clock = clock
+        self.forecast = forecast
         self.arrival_rate_per_s = 0.0
         self._estimator = ArrivalRateEstimator()
         self._loads = Loads([len(of_model) for of_model in engines], fleet.num_devices)
@@ -118,15 +124,24 @@ class Dispatcher:
         model = self._open_model(chosen, pinned)
         replica = self._loads.least(model)
         self._loads.add(model, replica, 1)
+        decision_s = self.clock() - arrived_at
         return Route(
             task=task,
             model=model,
             replica=replica,
             engine=self.engines[model][replica],
             arrived_at=arrived_at,
-            decision_s=self.clock() - arrived_at,
+            decision_s=decision_s,
             pinned=pinned,
+            predicted_ms_per_token=self._predicted_ms_per_token(task, model, replica),
         )
+
+    def _predicted_ms_per_token(self, task: int, model: int, replica: int) -> float | None:
+        forecast, loads = self.forecast, self._loads
+        if forecast is None:
+            return None
+        batch_size, busy = loads.in_flight[model][replica], loads.busy_models(replica)
+        return forecast.latency_ms_per_token(task, model, batch_size, busy)
 
     def _open_model(self, chosen: int, pinned: bool) -> int:
         """Where a policy chose a model that is down, the next smaller one, which is faster; else a larger."""

@@ -67,6 +67,14 @@ class Loads:
         """`Observation.batch_sizes`, of the replicas that are up; of all where none is."""
         return self._batch_sizes.copy()
 
+    def busy_models(self, replica: int) -> int:
+        """The bit set of the models that have requests in flight on the device of this replica."""
+        busy = 0
+        for model, count in enumerate(self._on_device[replica % self._num_devices]):
+            if count:
+                busy |= 1 << model
+        return busy
+
     def neighbours(self) -> NDArray[np.float64]:
         """`Observation.neighbours`."""
         seen: list[int] = []
