@@ -1,27 +1,32 @@
 """What the router knows, and whom it sends a request to. No HTTP here."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
 
 from besteffort.arrivals import ArrivalRateEstimator
 from besteffort.engines.running import Engine, Engines
 from besteffort.errors import EngineError
 from besteffort.fleet import Fleet
 from besteffort.observation import Observation
-from besteffort.policies import Policy
+from besteffort.policies import Policy, Remembers
 from besteffort.router.forecast import Forecast
 from besteffort.router.loads import Loads
+
+_NUM_REMEMBERED = 32_768  # arrivals, for a policy that is put in charge while requests come
 
 
 class NoReplicaError(EngineError):
     """Every replica that could take the request is down."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True)  # not frozen: it would take three times as long to make
 class Route:
-    """Not frozen only because there is one for each request, and that would take twice as long."""
+    """Which replica a request went to; nothing of it changes."""
 
     task: int
     model: int
@@ -54,6 +59,7 @@ class Dispatcher:
         self.forecast = forecast
         self.arrival_rate_per_s = 0.0
         self._estimator = ArrivalRateEstimator()
+        self._arrivals = deque[float](maxlen=_NUM_REMEMBERED)
         self._loads = Loads([len(of_model) for of_model in engines], fleet.num_devices)
 
     @property
@@ -80,6 +86,7 @@ class Dispatcher:
         """
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
+        self._arrivals.append(arrived_at)
         chosen = self.policy.choose(self._observe(task, arrived_at)) if pinned is None else pinned
         return self._send(task, chosen, arrived_at, pinned is not None)
 
@@ -109,6 +116,12 @@ class Dispatcher:
         """Whether requests may go to the replica. What is in flight there goes on until it is ended."""
         self._loads.set_up(model, replica, available)
 
+    def put_in_charge(self, policy: Policy) -> None:
+        """Let another policy decide from the next request on, as if it had seen the last arrivals."""
+        if isinstance(policy, Remembers) and self._arrivals:
+            policy.remember(np.array(self._arrivals))
+        self.policy = policy
+
     def _observe(self, task: int, arrived_at: float) -> Observation:
         loads = self._loads
         return Observation(
@@ -124,24 +137,14 @@ class Dispatcher:
         model = self._open_model(chosen, pinned)
         replica = self._loads.least(model)
         self._loads.add(model, replica, 1)
+        engine = self.engines[model][replica]
         decision_s = self.clock() - arrived_at
-        return Route(
-            task=task,
-            model=model,
-            replica=replica,
-            engine=self.engines[model][replica],
-            arrived_at=arrived_at,
-            decision_s=decision_s,
-            pinned=pinned,
-            predicted_ms_per_token=self._predicted_ms_per_token(task, model, replica),
-        )
-
-    def _predicted_ms_per_token(self, task: int, model: int, replica: int) -> float | None:
-        forecast, loads = self.forecast, self._loads
-        if forecast is None:
-            return None
-        batch_size, busy = loads.in_flight[model][replica], loads.busy_models(replica)
-        return forecast.latency_ms_per_token(task, model, batch_size, busy)
+        predicted = None
+        if self.forecast is not None:
+            predicted = self.forecast.latency_ms_per_token(
+                task, model, self._loads.in_flight[model][replica], self._loads.on_device(replica)
+            )
+        return Route(task, model, replica, engine, arrived_at, decision_s, pinned, predicted)
 
     def _open_model(self, chosen: int, pinned: bool) -> int:
         """Where a policy chose a model that is down, the next smaller one, which is faster; else a larger."""

@@ -1,5 +1,7 @@
 """What profile and rewards say of a request as it is sent: how long it will take, what it is worth."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from besteffort.fleet import Fleet
@@ -29,14 +31,20 @@ class Forecast:
         self._prefill_ms_per_token: list[list[float]] = (prefill_ms / num_output_tokens).T.tolist()  # (T, M)
         self._steps_per_token: list[float] = (1.0 - 1.0 / num_output_tokens).tolist()  # (T,)
 
-    def latency_ms_per_token(self, task: int, model: int, batch_size: int, busy: int) -> float | None:
+    def latency_ms_per_token(
+        self, task: int, model: int, batch_size: int, on_device: Sequence[int]
+    ) -> float | None:
         """Of a request of the task's mean lengths; None without a profile.
 
         As `Latency.predicted_ms_per_token`: if all batches stayed as they are. `batch_size` is that of
-        the request's replica, itself included, and `busy` the bit set of models at work on its device.
+        the request's replica, itself included, and `on_device` what is in flight there, by model.
         """
         if self._steps_ms is None:
             return None
+        busy = 0
+        for other, count in enumerate(on_device):
+            if count:
+                busy |= 1 << other
         step_ms = self._steps_ms[model][batch_size if batch_size < _MAX_BATCH_SIZE else _MAX_BATCH_SIZE]
         alone = self._prefill_ms_per_token[task][model] + self._steps_per_token[task] * step_ms
         return self._slowdown[model][busy] * alone

@@ -41,12 +41,20 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
+    def add(self, others: Collector) -> None:
+        """Show these figures too."""
+        self._registry.register(others)
+
     def ended(self, route: Route, outcome: str) -> None:
         self.requests[route.task, route.model, outcome] += 1
         self._decision.observe(route.decision_s)
 
     def retried(self, failed: Route) -> None:
         self._retries[failed.task, failed.model, str(failed.replica)] += 1
+
+    @property
+    def num_retries(self) -> int:
+        return self._retries.total()
 
     def began(self, route: Route, first_byte_at: float) -> None:
         """A stream; of a plain answer the first byte says nothing about the first token."""
@@ -89,7 +97,7 @@ class Metrics(Collector):
             self._retries,
         )
         yield self._turned_away()
-        yield from self._utilities()
+        yield from self.collect_utilities()
         yield self._histogram(
             "besteffort_latency_ms_per_token",
             "Time from arrival at the router to the last token, per output token.",
@@ -131,7 +139,7 @@ class Metrics(Collector):
             family.add_metric([reason], count)
         return family
 
-    def _utilities(self) -> Iterable[Metric]:
+    def collect_utilities(self) -> Iterable[Metric]:
         """Whose quotient is the performance, over any span; none without rewards."""
         forecast = self._dispatcher.forecast
         if forecast is None or (rewards := forecast.relative_rewards) is None:

@@ -8,7 +8,7 @@ import msgspec
 
 _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENCODER = msgspec.json.Encoder()
-_LIST_OF_PROMPTS = re.compile(rb'\s*\[\s*["\[]')  # one prompt may be a list as well, of tokens
+_LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')  # one prompt may be a list as well, of tokens
 
 
 class RequestBody:
