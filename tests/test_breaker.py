@@ -284,6 +284,9 @@ class Played:
         assert up != self.up, "it was so already"
         self.up = up
 
+    def time(self) -> float:
+        return 0.0
+
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> "Played":
         if callback == self.breaker._ask:
             self.waits_s.append(delay_s)
