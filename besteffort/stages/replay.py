@@ -49,6 +49,7 @@ class Replay:
     rewards: Path
     simulated: bool = False
     url: str | None = None  # of a router that runs already
+    api_key: str | None = None  # which that router asks for
     attached: Urls | None = None
     name: str | None = None  # of the folder under replays/; by default made of the others
     seed: int = 0
@@ -180,7 +181,14 @@ def _send(
         with progress.bar(title, len(requests)) as bar:
             rng = np.random.default_rng(spec.seed)
             sending = send_open_loop(
-                requests, fleet, url, ledger, timeout_s=REQUEST_TIMEOUT_S, rng=rng, bar=bar
+                requests,
+                fleet,
+                url,
+                ledger,
+                api_key=None if spec.url is None else spec.api_key,
+                timeout_s=REQUEST_TIMEOUT_S,
+                rng=rng,
+                bar=bar,
             )
             try:
                 asyncio.run(sending)
