@@ -1,6 +1,7 @@
 """The data plane: an OpenAI-compatible server that routes each request by a policy."""
 
 from besteffort.router.api_key import ApiKey
+from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
 from besteffort.router.forecast import Forecast
 from besteffort.router.limits import Limits
@@ -10,6 +11,7 @@ from besteffort.router.settings import Settings
 
 __all__ = [
     "ApiKey",
+    "DecisionLog",
     "Dispatcher",
     "Forecast",
     "Limits",

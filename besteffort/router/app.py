@@ -10,6 +10,7 @@ import numpy as np
 from besteffort.router.addressing import model_ids
 from besteffort.router.admin import Admin
 from besteffort.router.api_key import ApiKey
+from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
 from besteffort.router.endpoints import Endpoint, Endpoints, get
 from besteffort.router.health import Health
@@ -40,6 +41,7 @@ class App:
         *,
         reload: Reload | None = None,
         admin_apart: bool = False,
+        decision_log: DecisionLog | None = None,
         rng: np.random.Generator | None = None,
     ) -> None:
         loop, limits = asyncio.get_running_loop(), settings.limits
@@ -54,13 +56,16 @@ class App:
             self.metrics,
             limits,
             forward_authorization=settings.forward_authorization,
+            decision_log=decision_log,
         )
         self._dispatcher = dispatcher
         began_at = int(time.time())  # s since the epoch, which OpenAI's schema wants of each model
         about = {"object": "model", "created": began_at, "owned_by": "besteffort"}
         self._models = {name: {"id": name, **about} for name in model_ids(dispatcher.fleet)}
-        if reload is not None:
-            self.metrics.add(reload)
+        dispatcher.keeps_decisions = decision_log is not None
+        for collector in (reload, decision_log):
+            if collector is not None:
+                self.metrics.add(collector)
         health = {b"/health": get(self._say_health)}
         for_clients = health | self._for_clients(settings.api_key)
         for_us = health | self._for_us(settings, reload)

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from besteffort.arrivals import ArrivalRateEstimator
 from besteffort.engines.running import Engine, Engines
 from besteffort.errors import EngineError
 from besteffort.fleet import Fleet
 from besteffort.observation import Observation
-from besteffort.policies import Policy, Remembers
+from besteffort.policies import HasQValues, Policy, Remembers
 from besteffort.router.forecast import Forecast
 from besteffort.router.loads import Loads
 
@@ -38,6 +39,16 @@ class Route:
     predicted_ms_per_token: float | None = None  # by the batch sizes at the decision
 
 
+@dataclass(slots=True)
+class Decision:
+    """What a policy saw, and what it made of it."""
+
+    observation: Observation
+    chosen: int
+    policy: str
+    q_values: NDArray[np.float32] | None  # (M,)
+
+
 class Dispatcher:
     """Counts the requests in flight itself, since the engines' own gauges lag by seconds.
 
@@ -58,6 +69,9 @@ class Dispatcher:
         self.clock = clock
         self.forecast = forecast
         self.arrival_rate_per_s = 0.0
+        self.keeps_decisions = False
+        self.decision: Decision | None = None
+        """The last one, if they are kept; None where the client chose"""
         self._estimator = ArrivalRateEstimator()
         self._arrivals = deque[float](maxlen=_NUM_REMEMBERED)
         self._loads = Loads([len(of_model) for of_model in engines], fleet.num_devices)
@@ -87,7 +101,13 @@ class Dispatcher:
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
         self._arrivals.append(arrived_at)
-        chosen = self.policy.choose(self._observe(task, arrived_at)) if pinned is None else pinned
+        if pinned is None:
+            seen = self._observe(task, arrived_at)
+            chosen = self.policy.choose(seen)
+            if self.keeps_decisions:
+                self.decision = self._decision(seen, chosen)
+        else:
+            chosen, self.decision = pinned, None
         return self._send(task, chosen, arrived_at, pinned is not None)
 
     def begin_again(self, failed: Route, tried: Collection[tuple[int, int]]) -> Route:
@@ -121,6 +141,11 @@ class Dispatcher:
         if isinstance(policy, Remembers) and self._arrivals:
             policy.remember(np.array(self._arrivals))
         self.policy = policy
+
+    def _decision(self, seen: Observation, chosen: int) -> Decision:
+        policy = self.policy
+        q_values = policy.q_values.copy() if isinstance(policy, HasQValues) else None
+        return Decision(seen, chosen, policy.name, q_values)
 
     def _observe(self, task: int, arrived_at: float) -> Observation:
         loads = self._loads

@@ -1,10 +1,11 @@
 """`serve`: the fleet's engines with the router in front, until it is told to stop."""
 
+import os
 import resource
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from besteffort.errors import InputError, UsageError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.policies import Policy, load_named_policy
 from besteffort.progress import Progress
-from besteffort.router import Dispatcher, Forecast, PolicySource, Settings, run_router
+from besteffort.router import DecisionLog, Dispatcher, Forecast, PolicySource, Settings, run_router
 
 T = TypeVar("T")
 
@@ -40,6 +41,8 @@ def serve(
     progress: Progress,
     admin_host: str = "127.0.0.1",
     admin_port: int | None = None,
+    decision_log: Path | None = None,
+    decision_log_every_s: float = 60.0,
 ) -> None:
     """Start (or attach to) the engines and serve until SIGINT or SIGTERM; then end all of it.
 
@@ -60,6 +63,8 @@ def serve(
 
     chosen = load(policy)
     forecast = _forecast(fleet, profile, rewards, progress)
+    if decision_log is not None:
+        _check_writable(decision_log)
     if settings.api_key is None and not host.startswith(_LOOPBACK):
         progress.say(f"warning: whoever reaches {host} can use this router; give --api-key to change that")
     _raise_file_limit()
@@ -74,10 +79,18 @@ def serve(
         if admin_port is not None:
             progress.say(f"metrics and administration are at {admin_url}")
         progress.say(f"serving {fleet.name} by {chosen.name} at {url}/v1 (Ctrl-C ends it)")
+        dispatcher = Dispatcher(fleet, chosen, engines, forecast=forecast)
+        log = None
+        if decision_log is not None:
+            log = DecisionLog(
+                decision_log, fleet, dispatcher.clock, progress.say, every_s=decision_log_every_s
+            )
+            stack.enter_context(closing(log))
         run_router(
-            Dispatcher(fleet, chosen, engines, forecast=forecast),
+            dispatcher,
             settings,
             listener,
+            decision_log=log,
             admin_listener=admin_listener,
             source=PolicySource(policy, fleet_dir, load),
             say=progress.say,
@@ -118,6 +131,16 @@ def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext |
             "give a certificate and its key in PEM"
         ) from None
     return context
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UsageError(f"--decision-log {folder}: no folder that can be written to; choose another place")
 
 
 def _raise_file_limit() -> None:
