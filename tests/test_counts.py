@@ -71,6 +71,9 @@ class _Transport:
     def resume_reading(self) -> None:
         self.reads = True
 
+    def is_closing(self) -> bool:
+        return not self.is_open
+
     def can_write_eof(self) -> bool:
         return True
 
@@ -123,6 +126,9 @@ class _Network:
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> "_Timer":
         self._timers.append(_Timer(self.now + delay_s, callback))
         return self._timers[-1]
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.later.append(callback)
 
     def tick(self) -> None:
         due = [timer for timer in self._timers if timer.due_at <= self.now]
@@ -199,9 +205,9 @@ async def play(fleet: Fleet, seed: int) -> dict[str, int]:
     watch = Watch(network)
     app = App(dispatcher, Settings(limits=limits), watch)
     for upstream in app.upstreams.values():
-        upstream.loop = network
+        upstream.loop = upstream.outbox.loop = network
     server = Server(app.public, limits, watch)
-    server.loop = network
+    server.loop = server.outbox.loop = network
     happening = events(network, server, choice)
     for _ in range(choice.randrange(5, 80)):
         next(happening)()
