@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -12,7 +13,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
-from besteffort.router import DecisionLog, Dispatcher, PolicySource
+from besteffort.rewards import Rewards
+from besteffort.router import DecisionLog, Dispatcher, Forecast, PolicySource
 from tests.conftest import ROOT
 from tests.routing import routing
 from tests.test_reload import ask
@@ -62,7 +64,9 @@ def test_panels_have_what_grafana_demands_and_do_not_overlap() -> None:
 def shown(fleet: Fleet, tmp_path: Path) -> dict[str, str]:
     """The types of all metrics that a router with everything on answers, by name."""
     replica = Engine("http://127.0.0.1:9", "served")
-    dispatcher = Dispatcher(fleet, RoundRobin(), ((replica, replica), (replica,)))
+    ones = np.ones((2, 2))
+    forecast = Forecast(fleet, None, Rewards(ones, ones, ones.astype(int), ("acc", "acc"), "given"))
+    dispatcher = Dispatcher(fleet, RoundRobin(), ((replica, replica), (replica,)), forecast=forecast)
     source = PolicySource("round-robin", tmp_path, lambda name: RoundRobin())
     log = DecisionLog(tmp_path, fleet, dispatcher.clock, lambda line: None)
     with routing(dispatcher, source=source, decision_log=log) as url:
