@@ -15,7 +15,7 @@ import pytest
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
-from besteffort.router import Dispatcher, Limits
+from besteffort.router import Dispatcher, Limits, Settings
 from besteffort.router.app import App
 from besteffort.router.breaker import State
 from besteffort.router.client_connection import ClientConnection
@@ -195,10 +195,10 @@ async def play(fleet: Fleet, seed: int) -> dict[str, int]:
     dispatcher = Dispatcher(fleet, RoundRobin(), engines)
     limits = Limits(max_in_flight=4, faults_to_open=choice.choice((1, 2)))
     watch = Watch(network)
-    app = App(dispatcher, limits, watch)
+    app = App(dispatcher, Settings(limits=limits), watch)
     for upstream in app.upstreams.values():
         upstream.loop = network
-    server = Server(app, limits, watch)
+    server = Server(app.public, limits, watch)
     server.loop = network
     happening = events(network, server, choice)
     for _ in range(choice.randrange(5, 80)):

@@ -90,10 +90,7 @@ class _Order:
         self._nodes[self._num_leaves :] = [leaf if leaf < size else last for leaf in range(self._num_leaves)]
         for node in range(self._num_leaves - 1, 0, -1):
             self._nodes[node] = min(self._nodes[2 * node], self._nodes[2 * node + 1])
-
-    @property
-    def first(self) -> int:
-        return self._nodes[1] % self._size
+        self.first = 0
 
     def put(self, replica: int, count: int) -> None:
         nodes = self._nodes
@@ -107,3 +104,4 @@ class _Order:
             if nodes[node] == lesser:
                 return
             nodes[node] = lesser
+        self.first = nodes[1] % self._size

@@ -37,6 +37,10 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
+    def add(self, others: Collector) -> None:
+        """Show these figures too."""
+        self._registry.register(others)
+
     def ended(self, route: Route, outcome: str) -> None:
         self.requests[route.task, route.model, outcome] += 1
         self._decision.observe(route.decision_s)

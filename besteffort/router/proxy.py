@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from besteffort.engines.running import Engine
 from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
+from besteffort.router.decision_log import DecisionLog, Entry
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
 from besteffort.router.health import Health
 from besteffort.router.limits import Limits
@@ -60,8 +61,10 @@ class Proxy:
         limits: Limits,
         *,
         forward_authorization: bool = False,
+        decision_log: DecisionLog | None = None,
     ) -> None:
         self.dispatcher = dispatcher
+        self.decision_log = decision_log
         self.health = health
         self.metrics = metrics
         self.limits = limits
@@ -147,7 +150,7 @@ class Exchange:
     """A request at an engine, and the answer on its way to the client."""
 
     __slots__ = (
-        "_asked", "_begun", "_call", "_first_byte_at", "_last_byte_at", "_proxy", "_request",
+        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_last_byte_at", "_proxy", "_request",
         "_responder", "_route", "_status", "_streams", "_tokens", "_tried",
     )  # fmt: skip
 
@@ -157,6 +160,7 @@ class Exchange:
         self._asked = asked
         self._responder = responder
         self._route: Route
+        self._entry: Entry | None = None  # if there is a log
         self._call: Call | None = None
         self._tokens: TokenCount | None = None
         self._tried: list[tuple[int, int]] = []  # models and replicas that failed
@@ -170,6 +174,9 @@ class Exchange:
         proxy = self._proxy
         self._route = proxy.dispatcher.begin(self._asked.address.task, self._asked.address.pinned)
         proxy.num_in_flight += 1
+        if proxy.decision_log is not None:
+            decision, asked = proxy.dispatcher.decision, self._asked
+            self._entry = Entry(proxy.decision_log, decision, asked.body, asked.request_id)
         self._send()
 
     def _send(self) -> None:
@@ -208,6 +215,8 @@ class Exchange:
     def on_body(self, data: bytes) -> None:
         if self._tokens is not None:
             self._tokens.feed(data)
+            if self._entry is not None:
+                self._entry.feed(data)
         self._responder.write(data)
 
     def on_batch(self) -> None:
@@ -225,11 +234,15 @@ class Exchange:
             self._proxy.health.of(self._route).failed()
         if not self._begun and fault.kind in _RETRIED and self._try_another():
             return
+        status, code = (504, "engine_timeout") if fault.kind in _TIMEOUTS else (502, "engine_failed")
+        if not self._begun:
+            self._status = status
+        if self._entry is not None:
+            self._entry.error = fault.kind
         self._end("failed")
         fleet = self._proxy.dispatcher.fleet
         name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
         message = f"The engine of {name} failed: {fault}"
-        status, code = (504, "engine_timeout") if fault.kind in _TIMEOUTS else (502, "engine_failed")
         if not self._begun:
             self._responder.reply(_identified(error_reply(status, message, code), self._asked.request_id))
         elif self._streams:
@@ -266,6 +279,21 @@ class Exchange:
             metrics.answered(self._route, self._last_byte_at, num_tokens, self._asked.deadline_ms_per_token)
             if self._streams:
                 metrics.began(self._route, self._first_byte_at)
+        if self._entry is not None:
+            self._log(self._entry, outcome, num_tokens)
+
+    def _log(self, entry: Entry, outcome: str, num_tokens: int) -> None:
+        route = self._route
+        entry.end(
+            route,
+            outcome,
+            status=self._status,
+            num_retries=sum(pair != (route.model, route.replica) for pair in self._tried),
+            began_at=self._first_byte_at if self._streams else math.nan,
+            ended_at=self._proxy.dispatcher.clock() if outcome != "ok" else self._last_byte_at,
+            num_tokens=num_tokens,
+            deadline_ms_per_token=self._asked.deadline_ms_per_token,
+        )
 
     def _rewritten(self, upstream: Upstream) -> list[bytes]:
         """The request as the engine gets it: of the client's headers only those that it may set."""

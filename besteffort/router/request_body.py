@@ -31,6 +31,19 @@ class RequestBody:
         raw = self._fields.get("model")
         return None if raw is None else msgspec.json.decode(raw)
 
+    @property
+    def prompt(self) -> memoryview | None:
+        """The JSON of the prompt or the messages; None if there are none."""
+        raw = self._fields.get("prompt") or self._fields.get("messages")
+        return None if raw is None else memoryview(raw)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """How many tokens the client wants at most; None if it does not say."""
+        raw = self._fields.get("max_completion_tokens") or self._fields.get("max_tokens")
+        value = None if raw is None else msgspec.json.decode(raw)
+        return value if isinstance(value, int) and value > 0 else None
+
     def for_engine(self, served_name: str) -> bytes:
         fields = self._fields
         fields["model"] = msgspec.Raw(_ENCODER.encode(served_name))

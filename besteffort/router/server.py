@@ -42,12 +42,13 @@ class Server:
                 )
             )
 
-    async def drain(self) -> None:
-        """Take no more requests, wait for those in work as long as the limits say, then cut them off."""
+    async def drain(self, grace_s: float | None = None) -> None:
+        """Take no more requests, wait for those in work, by default as long as the limits say, then cut them
+        off."""
         self.draining = True
         for listening in self._listening:
             listening.close()
-        give_up_at = self.loop.time() + self.limits.grace_s
+        give_up_at = self.loop.time() + (self.limits.grace_s if grace_s is None else grace_s)
         while self.connections and self.loop.time() < give_up_at:
             for connection in list(self.connections):
                 connection.drain()

@@ -215,7 +215,9 @@ def _start_router(spec: Replay, fleet: Fleet, engines: Engines) -> tuple[Child, 
             command += ["--engine", f"{name}={engine.url}"]
     log = spec.fleet_dir / "logs" / f"router-{port}.log"
     # A key meant for another router would keep our own client out.
-    return Child("the router", command, log, {"BESTEFFORT_API_KEY": ""}), f"http://127.0.0.1:{port}"
+    return Child(
+        "the router", command, log, {"BESTEFFORT_API_KEY": "", "BESTEFFORT_ADMIN_API_KEY": ""}
+    ), f"http://127.0.0.1:{port}"
 
 
 def _folder(spec: Replay, policy_name: str, engine: str) -> Path:
