@@ -291,7 +291,7 @@ def _own_rows(experiments: Experiments) -> list[list[str]]:
             rows.append([what, NOTHING, _ratio(window_ratio(burst, HINDSIGHT, large, "0.96"))])
         for threshold in burst.most_windows:
             large = static_name(burst.fleet, -1)
-            what = f"{name}: windows at ≥ {threshold}, more than any policy can have over {large}"
+            what = f"{name}: windows at ≥ {threshold}, a bound from above for any policy, over {large}"
             rows.append([what, NOTHING, _ratio(most_windows_ratio(burst, large, threshold))])
     return rows
 
