@@ -17,6 +17,7 @@ from besteffort.router.health import Health
 from besteffort.router.message import Reply, Request, Responder
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_reply
+from besteffort.router.outbox import Outbox
 from besteffort.router.proxy import Proxy
 from besteffort.router.reload import Reload
 from besteffort.router.settings import Settings
@@ -46,7 +47,8 @@ class App:
     ) -> None:
         loop, limits = asyncio.get_running_loop(), settings.limits
         engines = {engine for of_model in dispatcher.engines for engine in of_model}
-        self.upstreams = {engine: Upstream(engine.url, limits, watch, loop) for engine in engines}
+        outbox = Outbox(loop)
+        self.upstreams = {engine: Upstream(engine.url, limits, watch, loop, outbox) for engine in engines}
         self.health = Health(dispatcher, self.upstreams, rng or np.random.default_rng())
         self.metrics = Metrics(dispatcher, self.health)
         self.proxy = Proxy(
