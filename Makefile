@@ -13,7 +13,7 @@ BENCH := .venv/.made-bench
 # What is locked stays as it is; machines with a GPU have another torch than the locked one.
 LOCKED = $(if $(shell nvidia-smi -L 2>/dev/null),,--constraints requirements.lock)
 
-.PHONY: help setup demo paper paper-train test lint bench-simulator bench-decision bench-router bench-training ablations format lock clean
+.PHONY: help setup demo paper paper-train test lint bench-simulator bench-decision bench-router bench-training ablations soak overload format lock clean
 
 help: ## List the words.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -63,6 +63,12 @@ ablations: $(SETUP) ## Train without each part of the default recipe, three seed
 
 bench-router: $(SETUP) ## Measure the router beside others, on mock engines: throughput, latency, CPU.
 	@$(BIN)/python -m tests.benchmarks.router
+
+soak: $(SETUP) ## Send an hour's requests through the router, faults and all: counts, losses, memory.
+	@$(BIN)/python -m tests.benchmarks.soak
+
+overload: $(SETUP) ## Offer the router five times what it can carry for a minute.
+	@$(BIN)/python -m tests.benchmarks.overload
 
 format: $(SETUP) ## Put the code into shape.
 	@$(BIN)/ruff check --fix .

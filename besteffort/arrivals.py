@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from math import exp
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 NUM_GAPS = 5
@@ -30,22 +31,46 @@ class RecentRates:
     """Arrivals per second over several spans at once, older ones counting less and less."""
 
     def __init__(self, spans_s: Sequence[float]) -> None:
-        self._spans_s = tuple(spans_s)
-        self._counts = [0.0] * len(self._spans_s)
+        self._spans_s = np.array(spans_s, dtype=np.float64)
+        self._counts = np.zeros(len(self._spans_s))
+        self._rates_per_s = np.zeros(len(self._spans_s))
         self._last_at = 0.0
+        _count_arrival(self._counts, self._rates_per_s, self._spans_s, np.inf)  # compiled now
+        self._counts[:] = 0.0
 
-    def observe(self, arrived_at: float) -> list[float]:
-        """Note an arrival (seconds, not before the last one); one rate per second for each span."""
+    def observe(self, arrived_at: float) -> NDArray[np.float64]:
+        """Note an arrival (seconds, not before the last one).
+
+        Returns:
+            One rate per second for each span, `(S,)`, good until the next call.
+        """
         elapsed_s, self._last_at = arrived_at - self._last_at, arrived_at
-        pairs = zip(self._counts, self._spans_s, strict=True)
-        self._counts = [count * exp(-elapsed_s / span_s) + 1.0 for count, span_s in pairs]
-        return [count / span_s for count, span_s in zip(self._counts, self._spans_s, strict=True)]
+        _count_arrival(self._counts, self._rates_per_s, self._spans_s, elapsed_s)
+        return self._rates_per_s
+
+    def remember(self, arrived_at: NDArray[np.float64]) -> None:
+        """Begin as if these arrivals, `(N,)` seconds, had been observed, and none before; at least one."""
+        self._last_at = float(arrived_at[-1])
+        ages_s = self._last_at - arrived_at
+        self._counts[:] = [np.exp(-ages_s / span_s).sum() for span_s in self._spans_s]
+
+
+@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _count_arrival(
+    counts: NDArray[np.float64],
+    rates_per_s: NDArray[np.float64],
+    spans_s: NDArray[np.float64],
+    elapsed_s: float,
+) -> None:
+    for nth in range(len(counts)):
+        counts[nth] = counts[nth] * exp(-elapsed_s / spans_s[nth]) + 1.0
+        rates_per_s[nth] = counts[nth] / spans_s[nth]
 
 
 def recent_rates_per_s(arrived_at: NDArray[np.float64], spans_s: Sequence[float]) -> NDArray[np.float64]:
     """The same for a whole trace, shape `(N, S)`."""
     rates = RecentRates(spans_s)
-    return np.array([rates.observe(at) for at in arrived_at.tolist()], dtype=np.float64)
+    return np.array([rates.observe(at).copy() for at in arrived_at.tolist()]).reshape(-1, len(spans_s))
 
 
 class ArrivalRateEstimator:

@@ -7,12 +7,12 @@ not its business.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from besteffort.arrivals import RecentRates
+from besteffort.arrivals import RecentRates, arrival_rates_per_s
 from besteffort.artifacts.policy_file import TrainedPolicy, load_policy
 from besteffort.artifacts.profile_file import load_latency
 from besteffort.artifacts.rewards_file import load_rewards
@@ -21,7 +21,7 @@ from besteffort.deadline import deadline_weight
 from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet, Task
 from besteffort.latency import Latency
-from besteffort.observation import Encoding, FleetEncoding, Observation
+from besteffort.observation import Encoding, FleetEncoding, FleetRow, Observation
 from besteffort.q_network import Decider, QNetwork
 from besteffort.thresholds import RateSmoother, ThresholdTable
 
@@ -35,6 +35,7 @@ BUILT_IN = (
     "thresholds",
     "hindsight",
 )
+_NUM_STEADYING = 8  # times the arrivals that are smoothed over: what came before weighs nothing
 HINDSIGHT = "hindsight"  # no policy, since it sees the future; a simulated replay knows it
 
 
@@ -44,6 +45,25 @@ class Policy(Protocol):
 
     def choose(self, observation: Observation) -> int:
         """The index of the model, from the fleet's smallest (0) to its largest."""
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A policy that goes by past arrivals too."""
+
+    def remember(self, arrived_at: NDArray[np.float64]) -> None:
+        """Take these arrivals, `(N,)` seconds by the clock of the observations, for the last ones; N > 0."""
+
+
+class HasQValues:
+    """A policy that goes by a network."""
+
+    _decider: Decider
+
+    @property
+    def q_values(self) -> NDArray[np.float32]:
+        """`(M,)` of the last choice, good until the next; -inf: the model was closed."""
+        return self._decider.q_values
 
 
 @dataclass(frozen=True)
@@ -148,8 +168,12 @@ class Thresholds:
         rate_per_s = self._smoother.observe(observation.arrival_rate_per_s)
         return self.table.choose(observation.task, observation.batch_sizes, rate_per_s)
 
+    def remember(self, arrived_at: NDArray[np.float64]) -> None:
+        for rate_per_s in arrival_rates_per_s(arrived_at[-_NUM_STEADYING * self.table.num_smoothed :]):
+            self._smoother.observe(float(rate_per_s))
 
-class Learned:
+
+class Learned(HasQValues):
     """The highest Q-value (paper, Sec. 3.2)."""
 
     def __init__(self, network: QNetwork, encoding: Encoding, name: str) -> None:
@@ -163,21 +187,24 @@ class Learned:
         return _highest(self._decider(), observation.closed)
 
 
-class LearnedOnFleet:
+class LearnedOnFleet(HasQValues):
     """The highest Q-value, by more than the paper's state."""
 
     def __init__(self, network: QNetwork, encoding: FleetEncoding, name: str) -> None:
         self.name = name
-        self._encoding = encoding
+        self._row = FleetRow(encoding)
         self._decider = Decider(network)
         self._rates = RecentRates(encoding.spans_s)
-        rates_per_s = [0.0] * len(encoding.spans_s)
-        encoding.encode_one(_idle(encoding.num_models), rates_per_s, self._decider.inputs)  # as above
+        rates_per_s = np.zeros(len(encoding.spans_s))
+        self._row.write(_idle(encoding.num_models), rates_per_s, self._decider.inputs)  # as above
 
     def choose(self, observation: Observation) -> int:
         rates_per_s = self._rates.observe(observation.arrived_at)
-        self._encoding.encode_one(observation, rates_per_s, self._decider.inputs)
+        self._row.write(observation, rates_per_s, self._decider.inputs)
         return _highest(self._decider(), observation.closed)
+
+    def remember(self, arrived_at: NDArray[np.float64]) -> None:
+        self._rates.remember(arrived_at)
 
 
 def _idle(num_models: int) -> Observation:

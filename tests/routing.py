@@ -4,7 +4,7 @@ import asyncio
 import http.client
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -14,14 +14,23 @@ import uvloop
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
-from besteffort.router import Dispatcher, Limits, Settings, running_router
+from besteffort.router import DecisionLog, Dispatcher, Limits, PolicySource, Settings, running_router
+from besteffort.router.reload import Reload
 from tests.fake_engine import RawEngine, Script, wait_for
 
 PATIENCE_S = 20.0  # of clients; no test waits this long for anything but a fault
 
 
 @contextmanager
-def routing(dispatcher: Dispatcher, settings: Settings | None = None) -> Iterator[str]:
+def routing(
+    dispatcher: Dispatcher,
+    settings: Settings | None = None,
+    *,
+    admin_listener: socket.socket | None = None,
+    source: PolicySource | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    decision_log: DecisionLog | None = None,
+) -> Iterator[str]:
     """Its URL, while it runs; what goes wrong in its event loop fails the test."""
     settings = settings or Settings()
     faults: list[object] = []
@@ -32,7 +41,15 @@ def routing(dispatcher: Dispatcher, settings: Settings | None = None) -> Iterato
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
         loops[0].set_exception_handler(lambda _, context: faults.append(context))
-        async with running_router(dispatcher, settings, listener):
+        reload = None if source is None else Reload(dispatcher, source, say)
+        async with running_router(
+            dispatcher,
+            settings,
+            listener,
+            admin_listener=admin_listener,
+            reload=reload,
+            decision_log=decision_log,
+        ):
             started.set()
             await stop.wait()
 
@@ -89,12 +106,14 @@ class Door:
 
 
 @contextmanager
-def door(fleet: Fleet, script: Script, settings: Settings | None = None) -> Iterator[Door]:
+def door(
+    fleet: Fleet, script: Script, settings: Settings | None = None, source: PolicySource | None = None
+) -> Iterator[Door]:
     engine = RawEngine(script)
     replica = Engine(engine.url, "served")
     dispatcher = Dispatcher(fleet, RoundRobin(), ((replica, replica), (replica,)))
     try:
-        with routing(dispatcher, settings) as url:
+        with routing(dispatcher, settings, source=source) as url:
             yield Door(url, engine, dispatcher)
     finally:
         engine.close()

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from besteffort.arrivals import MAX_RATE_PER_S, NUM_GAPS, ArrivalRateEstimator, arrival_rates_per_s
+from besteffort.arrivals import (
+    MAX_RATE_PER_S,
+    NUM_GAPS,
+    ArrivalRateEstimator,
+    RecentRates,
+    arrival_rates_per_s,
+)
 
 # Times with many ties, as in traces with coarse clocks, and gaps from nanoseconds to hours.
 GAPS_S = st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1e4)), max_size=40)
@@ -55,3 +61,16 @@ def test_the_estimate_of_a_poisson_process_is_near_its_rate() -> None:
     arrived_at = np.cumsum(np.random.default_rng(0).exponential(1 / 12.0, 20_000))
     # Five over a gamma of shape five: the mean of the estimate is 5/4 of the rate.
     assert arrival_rates_per_s(arrived_at).mean() == pytest.approx(12.0 * 5 / 4, rel=0.05)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(GAPS_S, st.integers(1, 30))
+def test_rates_that_remember_arrivals_go_on_as_those_that_observed_them(
+    gaps_s: list[float], num_after: int
+) -> None:
+    arrived_at = 100.0 + np.cumsum([0.0, *gaps_s, *[0.1] * num_after])
+    observed, remembering = (RecentRates((0.5, 8.0)) for _ in range(2))
+    rates = [observed.observe(at).copy() for at in arrived_at.tolist()]
+    remembering.remember(arrived_at[:-num_after])
+    remembered = [remembering.observe(at).copy() for at in arrived_at[-num_after:].tolist()]
+    np.testing.assert_allclose(remembered, rates[-num_after:], rtol=1e-9)

@@ -12,23 +12,17 @@ from besteffort.engines.running import wait_until_healthy
 from besteffort.errors import EngineError
 from besteffort.progress import SilentBar
 from tests.fake_engine import wait_for
+from tests.processes import alive, children_of, kill_command
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
 
 
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def test_a_child_that_is_stopped_is_gone(tmp_path: Path) -> None:
     child = Child("sleeper", SLEEP, tmp_path / "log", {})
-    assert _alive(child.pid)
+    assert alive(child.pid)
     child.check()
     child.stop()
-    assert not _alive(child.pid)
+    assert not alive(child.pid)
 
 
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +31,7 @@ def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pyt
     child = Child("stubborn", [sys.executable, "-c", f"{stubborn}; time.sleep(300)"], tmp_path / "log", {})
     wait_for(lambda: (tmp_path / "log").read_text() == "up\n")
     child.stop()
-    assert not _alive(child.pid)
+    assert not alive(child.pid)
 
 
 def test_what_a_child_started_goes_with_it(tmp_path: Path) -> None:
@@ -46,9 +40,9 @@ def test_what_a_child_started_goes_with_it(tmp_path: Path) -> None:
     child = Child("parent", [sys.executable, "-c", parent], tmp_path / "log", {})
     wait_for(lambda: (tmp_path / "log").read_text().endswith("\n"))
     grandchild = int((tmp_path / "log").read_text())
-    assert _alive(grandchild)
+    assert alive(grandchild)
     child.stop()
-    wait_for(lambda: not _alive(grandchild))
+    wait_for(lambda: not alive(grandchild))
 
 
 def test_a_child_that_died_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
@@ -69,19 +63,120 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
     child.stop()
 
 
-def test_a_child_dies_with_its_parent_even_after_kill_9(tmp_path: Path) -> None:
+# Ignores SIGTERM, and so does what it started, in a session of its own; both say who they are.
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if len(sys.argv) == 1:
+    subprocess.Popen([sys.executable, __file__, "grandchild"], start_new_session=True)
+    if os.environ.get("LEAVES"):
+        sys.exit(7)
+print(os.getpid(), flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def stubborn(tmp_path: Path) -> list[str]:
+    script = tmp_path / "stubborn.py"
+    script.write_text(STUBBORN)
+    return [sys.executable, str(script)]
+
+
+def told(log: Path, number: int) -> list[int]:
+    """The processes, once so many have said who they are."""
+    wait_for(lambda: log.exists() and log.read_text().count("\n") == number)
+    return [int(line) for line in log.read_text().split()]
+
+
+def parent_of(command: list[str], log: Path, *, then: str = "time.sleep(300)") -> "subprocess.Popen[str]":
+    """A process that starts the command in a thread that ends at once, and says who its tether is."""
     script = (
-        "import sys, time\n"
+        "import os, signal, threading, time\n"
         "from pathlib import Path\n"
-        "from besteffort.engines.child import Child\n"
-        f"child = Child('sleeper', {SLEEP!r}, Path({str(tmp_path / 'log')!r}), {{}})\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(300)\n"
+        "from besteffort.engines import child\n"
+        "child.STOP_TIMEOUT_S = 0.3\n"
+        f"start = lambda: made.append(child.Child('x', {command!r}, Path({str(log)!r}), {{}}))\n"
+        "made = []\n"
+        "thread = threading.Thread(target=start)\n"
+        "thread.start(), thread.join()\n"
+        "print(made[0].pid, flush=True)\n"
+        f"{then}\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+
+
+def test_what_ignores_sigterm_and_all_that_it_started_dies_with_its_parent_even_after_kill_9(
+    tmp_path: Path, stubborn: list[str]
+) -> None:
+    with parent_of(stubborn, tmp_path / "log") as parent:
         assert parent.stdout is not None
-        child_pid = int(parent.stdout.readline())
-        time.sleep(0.5)  # the tether has been tied by then, or dies when it sees that it came too late
-        assert _alive(child_pid)
-        os.kill(parent.pid, signal.SIGKILL)
-    wait_for(lambda: not _alive(child_pid))
+        tether = int(parent.stdout.readline())
+        command_and_grandchild = told(tmp_path / "log", 2)
+        assert all(map(alive, [tether, *command_and_grandchild]))
+        parent.kill()
+    wait_for(lambda: not any(map(alive, [tether, *command_and_grandchild])))
+
+
+def test_a_parent_that_is_killed_in_the_moment_of_the_start_leaves_nothing(
+    tmp_path: Path, stubborn: list[str]
+) -> None:
+    with parent_of(stubborn, tmp_path / "log", then="os.kill(os.getpid(), signal.SIGKILL)") as parent:
+        assert parent.stdout is not None
+        tether = int(parent.stdout.readline())
+    wait_for(lambda: not alive(tether))
+    assert not any(map(alive, told(tmp_path / "log", (tmp_path / "log").read_text().count("\n"))))
+
+
+def test_a_child_whose_starting_thread_has_ended_lives_on(tmp_path: Path) -> None:
+    with parent_of(SLEEP, tmp_path / "log") as parent:
+        assert parent.stdout is not None
+        tether = int(parent.stdout.readline())
+        wait_for(lambda: children_of(tether))
+        time.sleep(0.6)  # the tether has looked at its parent by then
+        assert alive(children_of(tether)[0])
+        parent.kill()
+    wait_for(lambda: not alive(tether))
+
+
+def test_a_command_that_ends_takes_what_it_started_with_it_and_leaves_its_status(
+    tmp_path: Path, stubborn: list[str]
+) -> None:
+    child = Child("x", stubborn, tmp_path / "log", {"LEAVES": "1"})
+    wait_for(lambda: child.exit_status is not None)
+    assert child.exit_status == 7
+    assert not any(map(alive, told(tmp_path / "log", (tmp_path / "log").read_text().count("\n"))))
+
+
+def test_a_command_that_is_killed_takes_what_it_started_with_it_and_leaves_its_status(
+    tmp_path: Path, stubborn: list[str]
+) -> None:
+    child = Child("x", stubborn, tmp_path / "log", {})
+    both = told(tmp_path / "log", 2)
+    kill_command(child)
+    wait_for(lambda: child.exit_status is not None)
+    assert child.exit_status == -signal.SIGKILL
+    assert not any(map(alive, both))
+
+
+def test_a_tether_that_is_killed_takes_its_command_with_it(tmp_path: Path) -> None:
+    child = Child("sleeper", SLEEP, tmp_path / "log", {})
+    wait_for(lambda: children_of(child.pid))
+    (command,) = children_of(child.pid)
+    os.kill(child.pid, signal.SIGKILL)
+    wait_for(lambda: not alive(command))
+    assert child.exit_status == -signal.SIGKILL
+
+
+def test_what_a_killed_tether_leaves_behind_is_gone_before_the_command_starts_again(tmp_path: Path) -> None:
+    stays = "import signal, subprocess, sys, time\n"
+    stays += "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    stays += "import os; print(os.getpid(), flush=True); time.sleep(300)"
+    child = Child("x", [sys.executable, "-c", stays], tmp_path / "log", {})
+    (first,) = told(tmp_path / "log", 1)
+    os.kill(child.pid, signal.SIGKILL)
+    wait_for(lambda: child.exit_status is not None)
+    assert alive(first)
+    child.start_again()
+    wait_for(lambda: not alive(first))
+    child.stop()

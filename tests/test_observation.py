@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from besteffort.arrivals import MAX_RATE_PER_S
-from besteffort.observation import Encoding, FleetEncoding, Observation
+from besteffort.observation import Encoding, FleetEncoding, FleetRow, Observation
 
 NUM_TASKS, NUM_MODELS, NUM_SPANS = 4, 3, 3
 PAPER = Encoding(NUM_TASKS, NUM_MODELS, 8.0, 24.0)
@@ -37,7 +37,7 @@ def test_the_papers_state_is_the_same_one_at_a_time(seen: Observation) -> None:
 def test_the_state_of_the_fleet_is_the_same_one_at_a_time(seen: Observation, recent: list[float]) -> None:
     assert seen.neighbours is not None
     one = np.full(FLEET.size, np.nan, dtype=np.float32)
-    FLEET.encode_one(seen, recent, one)
+    FleetRow(FLEET).write(seen, np.array(recent), one)
     of_fleet = FLEET.encode_fleet(seen.batch_sizes[None], seen.neighbours[None])
     rates = np.array([seen.arrival_rate_per_s])
     of_request = FLEET.encode_request(np.array([seen.task]), rates, np.array([recent]))

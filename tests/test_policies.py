@@ -11,8 +11,9 @@ from besteffort.errors import PolicyError, UsageError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.latency import Latency
 from besteffort.observation import Encoding, FleetEncoding, Observation
-from besteffort.policies import Greedy, LeastLoaded, Policy, learned, load_named_policy
+from besteffort.policies import Greedy, LeastLoaded, Policy, Thresholds, learned, load_named_policy
 from besteffort.q_network import QNetwork
+from besteffort.thresholds import ThresholdTable
 
 NOWHERE = Path("/nowhere")
 TITAN = Path(__file__).parents[1] / "artifacts" / "titan-rtx-opt"
@@ -169,6 +170,25 @@ def test_a_policy_whose_network_does_not_fit_the_fleet_is_refused(fleet: Fleet, 
     save_policy(path, _trained(fleet, [0.0, 1.0, 2.0]), fleet)
     with pytest.raises(PolicyError, match="maps 5 inputs to 3 models"):
         _named(str(path), fleet)
+
+
+@pytest.mark.parametrize("bias", [np.nan, np.inf])
+def test_a_policy_that_holds_what_is_no_number_is_refused(fleet: Fleet, tmp_path: Path, bias: float) -> None:
+    path = tmp_path / "policy.safetensors"
+    save_policy(path, _trained(fleet, [0.0, bias]), fleet)
+    with pytest.raises(PolicyError, match=r"layers\.0\.bias holds what is no number"):
+        _named(str(path), fleet)
+
+
+def test_thresholds_that_remember_arrivals_choose_as_those_that_saw_them() -> None:
+    table = ThresholdTable(np.array([5.0]), np.array([[[9.0], [-1.0]]]), num_smoothed=8)
+    arrived_at = np.cumsum(np.r_[np.full(300, 1.0), np.full(30, 0.01)])
+    seen, remembering, fresh = (Thresholds(table) for _ in range(3))
+    for rate_per_s in arrival_rates_per_s(arrived_at):
+        seen.choose(_seen(0, 0, rate=float(rate_per_s)))
+    remembering.remember(arrived_at)
+    observation = _seen(0, 0, rate=0.1)
+    assert [policy.choose(observation) for policy in (seen, remembering, fresh)] == [0, 0, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a policy", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])

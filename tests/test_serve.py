@@ -1,7 +1,9 @@
 """`besteffort serve` as a process, in front of an engine that is only played."""
 
 import importlib.util
+import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -14,9 +16,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from besteffort.fleet import load_fleet
 from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
+from tests.processes import children_of
 from tests.routing import completion, read_all, read_response
+from tests.test_reload import save_preferring
 
 _MODELS = b'{"object":"list","data":[{"id":"served"}]}'
 _STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -79,6 +84,11 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((parts.hostname, parts.port), timeout=20)
 
 
+def get(client: socket.socket, path: bytes) -> int:
+    client.sendall(b"GET %b HTTP/1.1\r\nhost: a\r\n\r\n" % path)
+    return read_response(client)[0].status
+
+
 def test_told_to_stop_it_lets_a_stream_end_and_takes_nothing_new(fleet_dir: Path, engine: RawEngine) -> None:
     end = b"0\r\n\r\n"
     streams: list[socket.socket] = []
@@ -132,6 +142,47 @@ def test_the_key_may_come_from_the_environment_and_is_never_said(fleet_dir: Path
         assert process.wait(20) == 0
 
 
+def test_hung_up_it_reads_its_policy_anew_and_keeps_the_old_one_if_that_is_bad(fleet_dir: Path) -> None:
+    path = fleet_dir / "policy.safetensors"
+    save_preferring(path, load_fleet(fleet_dir), 0)
+    good = path.read_bytes()
+    with serving(fleet_dir, "--policy", str(path)) as (process, url, said), connect(url) as client:
+        assert " by trained:policy at " in said
+        assert process.stderr is not None
+        assert get(client, b"/health") == 200  # it listens to signals by now
+        for content, told in ((good[:-4], "warning: trained:policy stays in charge"), (good, "in charge, ")):
+            path.write_bytes(content)
+            process.send_signal(signal.SIGHUP)
+            assert told in process.stderr.readline()
+            assert get(client, b"/health") == 200
+
+
+def test_it_ends_when_the_terminal_that_it_was_started_on_is_closed(fleet_dir: Path) -> None:
+    command = [sys.executable, "-m", "besteffort", "serve", str(fleet_dir), "--policy", "random"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [*command, "--port", "0"])  # noqa: S606
+    said = ""
+    while (found := re.search(r" at (http://\S+)/v1", said)) is None:
+        said += os.read(terminal, 1024).decode()
+    with connect(found[1]) as client:
+        assert get(client, b"/health") == 200
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFEXITED(status), "it ended by itself, and not by the signal"
+
+
+def test_metrics_and_administration_have_the_port_that_is_said(fleet_dir: Path) -> None:
+    options = ("--admin-port", "0", "--admin-api-key", "secret")
+    with serving(fleet_dir, *options) as (_, url, said):
+        found = re.search(r"metrics and administration are at (http://127\.0\.0\.1:\d+)", said)
+        assert found is not None
+        with connect(found[1]) as inside, connect(url) as outside:
+            for client, status in ((inside, 200), (outside, 404)):
+                assert get(client, b"/metrics") == status
+        assert "secret" not in said
+
+
 @pytest.mark.parametrize(
     ("options", "warned"),
     [
@@ -152,6 +203,8 @@ def test_a_door_open_to_all_is_warned_of(fleet_dir: Path, options: tuple[str, ..
         (("--ssl-certfile", "FLEET/fleet.toml"), "fleet.toml: cannot be used"),
         (("--ssl-keyfile", "x"), "--ssl-keyfile goes only with --ssl-certfile"),
         (("--max-body-mb", "0"), "--max-body-mb"),
+        (("--api-key", "one", "--admin-api-key", "one"), "--admin-api-key: clients have this key too"),
+        (("--admin-port", "0", "--admin-host", "203.0.113.1"), "--admin-host 203.0.113.1 --admin-port 0: "),
         (("--total-timeout-s", "never"), "--total-timeout-s"),
     ],
 )
@@ -166,6 +219,41 @@ def test_options_that_cannot_be_meant_are_refused(
     assert "Traceback" not in done.stderr
 
 
+def test_a_replay_shows_a_running_router_its_key(fleet_dir: Path, engine: RawEngine, tmp_path: Path) -> None:
+    usage = b'data: {"choices":[],"usage":{"completion_tokens":2}}\n\n'
+    stream = _EVENT * 2 + usage + b"data: [DONE]\n\n"
+
+    def script(connection: socket.socket, number: int) -> None:
+        if number < 2:
+            vllm_like(connection, number)
+        else:
+            connection.sendall(_STREAM + b"%x\r\n%b\r\n0\r\n\r\n" % (len(stream), stream))
+
+    engine.script = script
+    (tmp_path / "rewards.csv").write_text("task,model,value\ncopa,only,0.9\n")
+    trace = tmp_path / "trace.parquet"
+    assert run("score", fleet_dir, "--given", tmp_path / "rewards.csv").returncode == 0
+    words = ("trace", "generate", "stable", fleet_dir, "-o", trace, "--seed", 1, "--rate", 20)
+    assert run(*words, "--num-requests", 20).returncode == 0
+    with serving(fleet_dir, BESTEFFORT_API_KEY="open-sesame") as (_, url, _):
+        replay = ("replay", trace, fleet_dir, "--url", url, "--json", "--name", "keyed")
+        for given, wrong in (((), "no key was given"), (("--api-key", "ajar"), "not the one")):
+            done = run(*replay, *given)
+            assert (done.returncode, wrong in done.stderr, "ajar" in done.stderr) == (2, True, False)
+        done = run(*replay, BESTEFFORT_API_KEY="open-sesame")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["answered"] == 20
+    for path in (fleet_dir / "replays" / "keyed").iterdir():
+        assert b"sesame" not in path.read_bytes()
+
+
+def run(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "besteffort", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **env}
+    )
+
+
 @pytest.mark.vllm
 def test_a_vllm_server_that_is_killed_is_started_again_and_answers_again(tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is None:
@@ -176,9 +264,9 @@ def test_a_vllm_server_that_is_killed_is_started_again_and_answers_again(tmp_pat
     (tmp_path / "fleet.toml").write_text(f"{top}[[models]]{smallest}{''.join(task[1:])}")
     with serving(tmp_path) as (process, url, _), connect(url) as client:
         client.settimeout(120)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert len(children) == 1
-        os.kill(int(children[0]), signal.SIGKILL)
+        (tether,) = children_of(process.pid)
+        (server,) = children_of(tether)
+        os.kill(server, signal.SIGKILL)
         wait_for(lambda: status_of(client, b"{}") in (502, 503))
         assert process.stderr is not None
         assert "died with exit status -9 and is started again" in process.stderr.readline()

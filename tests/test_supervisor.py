@@ -1,7 +1,5 @@
 """Servers that die, and are started again."""
 
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from besteffort.policies import Static
 from besteffort.progress import Silent, SilentBar
 from besteffort.router import Dispatcher
 from tests.fake_engine import RawEngine, plain_answer, wait_for
+from tests.processes import kill_command
 from tests.routing import Door, completion, limited, routing
 
 _DIES = [sys.executable, "-c", "import sys; print('up', flush=True); sys.exit(3)"]
@@ -60,7 +59,7 @@ def test_what_lived_long_is_started_again_soon(tmp_path: Path) -> None:
     supervisor.take([child], now_at)
     for wait_s, lived_s in ((1, 5.0), (2, 5.0), (4, 5.0), (1, 100.0), (2, 5.0)):
         supervisor.look(now_at)
-        os.kill(child.pid, signal.SIGKILL)
+        kill_command(child)
         wait_for(lambda: dead(child))
         now_at += lived_s
         supervisor.look(now_at)
@@ -78,12 +77,11 @@ def test_at_rest_it_starts_nobody_and_what_it_started_goes_with_the_rest(tmp_pat
     supervisor = Supervisor(told)
     supervisor.start([child])
     first = child.pid
-    os.kill(first, signal.SIGKILL)
+    kill_command(child)
     wait_for(lambda: child.pid != first)
     assert not dead(child)
     supervisor.rest()
     child.stop()
-    supervisor.close()
     assert dead(child)
     assert len(told.lines) == 1
 
@@ -105,7 +103,7 @@ def test_an_engine_that_is_killed_is_started_again_and_gets_requests_again(
         with routing(dispatcher, limited(probe_wait_s=0.1, max_probe_wait_s=0.2)) as router:
             one = Door(router, other, dispatcher)
             assert one.ask(completion(b"{}"))[0].headers["x-besteffort-replica"] == "0"
-            os.kill(child.pid, signal.SIGKILL)
+            kill_command(child)
             answers = [one.ask(completion(b"{}"))[0] for _ in range(5)]
             assert [response.status for response in answers] == [200] * 5
             assert answers[0].headers["x-besteffort-replica"] == "1"
@@ -114,5 +112,4 @@ def test_an_engine_that_is_killed_is_started_again_and_gets_requests_again(
     finally:
         supervisor.rest()
         child.stop()
-        supervisor.close()
         other.close()

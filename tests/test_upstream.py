@@ -395,7 +395,7 @@ def test_counts_end_at_zero_after_any_mixture_of_ends(fleet: Fleet) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(one.engine.requests) > 500
+        assert len(one.engine.requests) > 200
         # The last clients are gone, but the router may not have read yet what they sent.
         wait_for(lambda: nothing_in_flight(metrics_of(one)))
         outcomes = [line for line in metrics_of(one) if line.startswith("besteffort_requests_total")]

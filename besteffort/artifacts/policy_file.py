@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -69,7 +70,7 @@ def load_policy(path: Path, fleet: Fleet, *, mend: str = _MEND) -> TrainedPolicy
         encoding = encoding_from_dict(json.loads(metadata["encoding"]))
         facts = json.loads(metadata["provenance"])
         network = _network(tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise PolicyError(f"{path}: damaged: {error}; {mend}") from None
     _check_contract(path, trained_for, contract(fleet), mend)
     expected = (encoding.size, len(fleet.models))
@@ -96,6 +97,9 @@ def _read(path: Path, mend: str) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _network(tensors: Mapping[str, Any]) -> QNetwork:
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{name} holds what is no number")
     num_layers = len(tensors) // 2
     return QNetwork(
         weights=tuple(tensors[f"layers.{layer}.weight"] for layer in range(num_layers)),

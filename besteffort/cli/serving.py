@@ -1,12 +1,16 @@
 """`besteffort serve`: what whoever runs the router may choose."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from besteffort.cli.console import ConsoleProgress
 from besteffort.cli.options import Engine, FleetDir, PolicySpec, Profile, Rewards, Seed, parse_engines
+from besteffort.errors import UsageError
+
+if TYPE_CHECKING:
+    from besteffort.router import ApiKey
 
 
 def _count(help_text: str) -> Any:
@@ -43,6 +47,30 @@ def serve(
         bool,
         typer.Option("--forward-authorization", help="Pass clients' keys on to the engines."),
     ] = False,
+    admin_api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="BESTEFFORT_ADMIN_API_KEY",
+            help="Whoever shows it may see and change the policy, at /admin/policy. Not the clients' key.",
+            show_envvar=True,
+        ),
+    ] = None,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="/metrics and /admin are here and no longer at --port. 0: any free one.",
+        ),
+    ] = None,
+    admin_host: Annotated[str, typer.Option(help="The address for --admin-port.")] = "127.0.0.1",
+    decision_log: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write what was seen, chosen and came of it here, as Parquet."),
+    ] = None,
+    decision_log_every_s: Annotated[float, _seconds("... a new file this often.")] = 60.0,
     ssl_certfile: Annotated[Path | None, typer.Option(metavar="FILE", help="Serve HTTPS by it.")] = None,
     ssl_keyfile: Annotated[
         Path | None,
@@ -97,6 +125,7 @@ def serve(
         protect_metrics=protect_metrics,
         forward_authorization=forward_authorization,
         tls=tls_context(ssl_certfile, ssl_keyfile),
+        admin_key=_admin_key(admin_api_key, api_key),
     )
     serve(
         fleet_dir,
@@ -109,4 +138,17 @@ def serve(
         seed=seed,
         settings=settings,
         progress=ConsoleProgress(),
+        admin_host=admin_host,
+        admin_port=admin_port,
+        decision_log=decision_log,
+        decision_log_every_s=decision_log_every_s,
     )
+
+
+def _admin_key(given: str | None, of_clients: str | None) -> "ApiKey | None":
+    """Raises UsageError: clients have it too."""
+    from besteffort.router import ApiKey
+
+    if given and given == of_clients:
+        raise UsageError("--admin-api-key: clients have this key too, as --api-key; give another one")
+    return ApiKey(given) if given else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from besteffort.errors import EngineError
 
 STOP_TIMEOUT_S = 15.0
+_TETHER_TIMEOUT_S = 10.0  # to see to the rest when that is over
 NUM_LOG_LINES = 25
 
 
@@ -28,12 +29,12 @@ class Child:
         self._process = self._start()
 
     def start_again(self) -> None:
-        """After it died. The log goes on, and what the dead one left running is ended."""
-        self._signal(signal.SIGKILL)
+        """After it died. The log goes on."""
+        self._kill()
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        tether = [sys.executable, "-m", "besteffort.engines.tether", str(os.getpid())]
+        tether = [sys.executable, "-m", "besteffort.engines.tether", str(os.getpid()), str(STOP_TIMEOUT_S)]
         with self.log.open("ab") as output:
             # A session of its own: a Ctrl-C in the terminal reaches us alone, and we end it in order.
             return subprocess.Popen(
@@ -47,6 +48,7 @@ class Child:
 
     @property
     def pid(self) -> int:
+        """Of the tether, whose child the command is."""
         return self._process.pid
 
     @property
@@ -68,21 +70,20 @@ class Child:
         return "\n".join(f"  | {line}" for line in lines[-NUM_LOG_LINES:])
 
     def ask_to_stop(self) -> None:
-        self._signal(signal.SIGTERM)
+        self._process.terminate()
 
     def stop(self) -> None:
-        """SIGTERM, time to end in order, then SIGKILL for whatever is left of its session."""
+        """SIGTERM, time to end in order, then SIGKILL for whatever is left of all that it started."""
         self.ask_to_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT_S)
-        self._signal(signal.SIGKILL)
+            self._process.wait(STOP_TIMEOUT_S + _TETHER_TIMEOUT_S)
+        self._kill()
         self._process.wait()
 
-    def _signal(self, number: signal.Signals) -> None:
-        try:
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            return  # nothing is left of it
+    def _kill(self) -> None:
+        """What a tether leaves that was killed itself."""
+        with contextlib.suppress(ProcessLookupError):  # nothing: it did its work
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -75,7 +75,6 @@ def running_engines(
             child.ask_to_stop()
         for child, _ in children:
             child.stop()
-        supervisor.close()
 
 
 def _attached_urls(fleet: Fleet, attached: Urls) -> dict[str, list[str]]:

@@ -32,9 +32,7 @@ class Supervisor:
     def __init__(self, progress: Progress) -> None:
         self._wards: list[_Ward] = []
         self._progress = progress
-        self._lock = threading.Lock()
         self._resting = threading.Event()
-        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
 
     def start(self, children: Sequence[Child]) -> None:
@@ -46,13 +44,7 @@ class Supervisor:
 
     def rest(self) -> None:
         """When this returns, no child is started any more."""
-        with self._lock:
-            self._resting.set()
-
-    def close(self) -> None:
-        """To be called once the children have ended."""
-        self.rest()
-        self._closed.set()
+        self._resting.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -81,8 +73,4 @@ class Supervisor:
 
     def _run(self) -> None:
         while not self._resting.wait(_LOOK_EVERY_S):
-            with self._lock:
-                if not self._resting.is_set():
-                    self.look(time.monotonic())
-        # The kernel ends a tethered child when the thread that started it ends: that must come last.
-        self._closed.wait()
+            self.look(time.monotonic())

@@ -3,54 +3,53 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import resources
 from urllib.parse import unquote
 
 import numpy as np
 
 from besteffort.router.addressing import model_ids
+from besteffort.router.admin import Admin
 from besteffort.router.api_key import ApiKey
+from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
+from besteffort.router.endpoints import Endpoint, Endpoints, get
 from besteffort.router.health import Health
-from besteffort.router.limits import Limits
-from besteffort.router.message import Job, Reply, Request, Responder
+from besteffort.router.message import Reply, Request, Responder
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_reply
+from besteffort.router.outbox import Outbox
 from besteffort.router.proxy import Proxy
+from besteffort.router.reload import Reload
+from besteffort.router.settings import Settings
 from besteffort.router.upstream import Upstream
 from besteffort.router.watch import Watch
 
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
-_GET = (b"GET", b"HEAD")
-_POST = (b"POST",)
-_MODEL_PREFIX = b"/v1/models/"
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    methods: tuple[bytes, ...]
-    handle: Callable[[Request, Responder], Job | None]
-    is_open: bool = False  # whoever has no key may see it too
+_MODELS = b"/v1/models/"
 
 
 class App:
-    """Handles every request that the server could read; made inside the running event loop."""
+    """All that is served, in `public` and, where administration has a port of its own, in `inner`.
+
+    Made inside the running event loop.
+    """
 
     def __init__(
         self,
         dispatcher: Dispatcher,
-        limits: Limits,
+        settings: Settings,
         watch: Watch,
         *,
-        api_key: ApiKey | None = None,
-        protect_metrics: bool = False,
-        forward_authorization: bool = False,
+        reload: Reload | None = None,
+        admin_apart: bool = False,
+        decision_log: DecisionLog | None = None,
         rng: np.random.Generator | None = None,
     ) -> None:
-        loop = asyncio.get_running_loop()
+        loop, limits = asyncio.get_running_loop(), settings.limits
         engines = {engine for of_model in dispatcher.engines for engine in of_model}
-        self.upstreams = {engine: Upstream(engine.url, limits, watch, loop) for engine in engines}
+        outbox = Outbox(loop)
+        self.upstreams = {engine: Upstream(engine.url, limits, watch, loop, outbox) for engine in engines}
         self.health = Health(dispatcher, self.upstreams, rng or np.random.default_rng())
         self.metrics = Metrics(dispatcher, self.health)
         self.proxy = Proxy(
@@ -59,60 +58,55 @@ class App:
             self.health,
             self.metrics,
             limits,
-            forward_authorization=forward_authorization,
+            forward_authorization=settings.forward_authorization,
+            decision_log=decision_log,
         )
         self._dispatcher = dispatcher
-        self._api_key = api_key
         began_at = int(time.time())  # s since the epoch, which OpenAI's schema wants of each model
         about = {"object": "model", "created": began_at, "owned_by": "besteffort"}
         self._models = {name: {"id": name, **about} for name in model_ids(dispatcher.fleet)}
-        completions = Endpoint(_POST, self.proxy.handle)
-        self._endpoints = {
+        dispatcher.keeps_decisions = decision_log is not None
+        for collector in (reload, decision_log):
+            if collector is not None:
+                self.metrics.add(collector)
+        api = Reply(200, resources.files("besteffort.router").joinpath("openapi.json").read_bytes())
+        health = {
+            b"/health": get(self._say_health),
+            b"/openapi.json": get(lambda request, responder: responder.reply(api)),
+        }
+        for_clients = health | self._for_clients(settings.api_key)
+        for_us = health | self._for_us(settings, reload)
+        self.inner = Endpoints(for_us, settings.admin_key) if admin_apart else None
+        self.public = Endpoints(for_clients if admin_apart else for_us | for_clients, settings.api_key)
+
+    def _for_clients(self, key: ApiKey | None) -> dict[bytes, Endpoint]:
+        completions = Endpoint({b"POST": self.proxy.handle}, key)
+        return {
             b"/v1/completions": completions,
             b"/v1/chat/completions": completions,
-            b"/v1/models": Endpoint(_GET, self._list_models),
-            b"/health": Endpoint(_GET, self._say_health, is_open=True),
-            b"/metrics": Endpoint(_GET, self._show_metrics, is_open=not protect_metrics),
+            b"/v1/models": get(self._list_models, key),
+            _MODELS: get(self._show_model, key),
         }
-        self._model = Endpoint(_GET, self._show_model)
 
-    def refuse(self, request: Request) -> Reply | None:
-        """A wrong key, path or method, told from the head alone."""
-        endpoint = self._find(request.target)
-        if self._api_key is not None and (endpoint is None or not endpoint.is_open):
-            refusal = self._api_key.refuse(request)
-            if refusal is not None:
-                return refusal
-        said = f"{request.method.decode()} {request.target.decode()}"
-        if endpoint is None:
-            return error_reply(404, f"{said}: there is no such path", "not_found")
-        if request.method not in endpoint.methods:
-            allowed = b", ".join(endpoint.methods)
-            message = f"{said}: the methods here are {allowed.decode()}"
-            return error_reply(405, message, "method_not_allowed", headers=((b"allow", allowed),))
-        return None
-
-    def handle(self, request: Request, responder: Responder) -> Job | None:
-        endpoint = self._find(request.target)
-        assert endpoint is not None, "else it was refused"
-        return endpoint.handle(request, responder)
+    def _for_us(self, settings: Settings, reload: Reload | None) -> dict[bytes, Endpoint]:
+        metrics_key = settings.api_key if settings.protect_metrics else None
+        endpoints = {b"/metrics": get(self._show_metrics, metrics_key)}
+        if reload is not None and settings.admin_key is not None:
+            admin = Admin(self._dispatcher, reload)
+            methods = {**get(admin.show_policy).methods, b"POST": admin.load_policy}
+            endpoints[b"/admin/policy"] = Endpoint(methods, settings.admin_key)
+        return endpoints
 
     def close(self) -> None:
         self.health.close()
         for upstream in self.upstreams.values():
             upstream.close()
 
-    def _find(self, target: bytes) -> Endpoint | None:
-        endpoint = self._endpoints.get(target)
-        if endpoint is None and target.startswith(_MODEL_PREFIX):
-            return self._model
-        return endpoint
-
     def _list_models(self, request: Request, responder: Responder) -> None:
         responder.reply(_json({"object": "list", "data": list(self._models.values())}))
 
     def _show_model(self, request: Request, responder: Responder) -> None:
-        name = unquote(request.target.removeprefix(_MODEL_PREFIX).decode())
+        name = unquote(request.target.removeprefix(_MODELS).decode())
         entry = self._models.get(name)
         if entry is None:
             message = f"The model {name!r} does not exist; give one of {', '.join(self._models)}"

@@ -1,25 +1,34 @@
 """What the router knows, and whom it sends a request to. No HTTP here."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from besteffort.arrivals import ArrivalRateEstimator
 from besteffort.engines.running import Engine, Engines
 from besteffort.errors import EngineError
 from besteffort.fleet import Fleet
 from besteffort.observation import Observation
-from besteffort.policies import Policy
+from besteffort.policies import HasQValues, Policy, Remembers
+from besteffort.router.forecast import Forecast
 from besteffort.router.loads import Loads
+
+_NUM_REMEMBERED = 32_768  # arrivals, for a policy that is put in charge while requests come
 
 
 class NoReplicaError(EngineError):
     """Every replica that could take the request is down."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: it would take three times as long to make
 class Route:
+    """Which replica a request went to; nothing of it changes."""
+
     task: int
     model: int
     replica: int
@@ -27,6 +36,17 @@ class Route:
     arrived_at: float  # s, by the dispatcher's clock
     decision_s: float
     pinned: bool
+    predicted_ms_per_token: float | None = None  # by the batch sizes at the decision
+
+
+@dataclass(slots=True)
+class Decision:
+    """What a policy saw, and what it made of it."""
+
+    observation: Observation
+    chosen: int
+    policy: str
+    q_values: NDArray[np.float32] | None  # (M,)
 
 
 class Dispatcher:
@@ -41,13 +61,19 @@ class Dispatcher:
         policy: Policy,
         engines: Engines,
         clock: Callable[[], float] = time.perf_counter,
+        forecast: Forecast | None = None,
     ) -> None:
         self.fleet = fleet
         self.policy = policy
         self.engines = engines
         self.clock = clock
+        self.forecast = forecast
         self.arrival_rate_per_s = 0.0
+        self.keeps_decisions = False
+        self.decision: Decision | None = None
+        """The last one, if they are kept; None where the client chose"""
         self._estimator = ArrivalRateEstimator()
+        self._arrivals = deque[float](maxlen=_NUM_REMEMBERED)
         self._loads = Loads([len(of_model) for of_model in engines], fleet.num_devices)
 
     @property
@@ -74,7 +100,14 @@ class Dispatcher:
         """
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
-        chosen = self.policy.choose(self._observe(task, arrived_at)) if pinned is None else pinned
+        self._arrivals.append(arrived_at)
+        if pinned is None:
+            seen = self._observe(task, arrived_at)
+            chosen = self.policy.choose(seen)
+            if self.keeps_decisions:
+                self.decision = self._decision(seen, chosen)
+        else:
+            chosen, self.decision = pinned, None
         return self._send(task, chosen, arrived_at, pinned is not None)
 
     def begin_again(self, failed: Route, tried: Collection[tuple[int, int]]) -> Route:
@@ -103,6 +136,17 @@ class Dispatcher:
         """Whether requests may go to the replica. What is in flight there goes on until it is ended."""
         self._loads.set_up(model, replica, available)
 
+    def put_in_charge(self, policy: Policy) -> None:
+        """Let another policy decide from the next request on, as if it had seen the last arrivals."""
+        if isinstance(policy, Remembers) and self._arrivals:
+            policy.remember(np.array(self._arrivals))
+        self.policy = policy
+
+    def _decision(self, seen: Observation, chosen: int) -> Decision:
+        policy = self.policy
+        q_values = policy.q_values.copy() if isinstance(policy, HasQValues) else None
+        return Decision(seen, chosen, policy.name, q_values)
+
     def _observe(self, task: int, arrived_at: float) -> Observation:
         loads = self._loads
         return Observation(
@@ -118,15 +162,14 @@ class Dispatcher:
         model = self._open_model(chosen, pinned)
         replica = self._loads.least(model)
         self._loads.add(model, replica, 1)
-        return Route(
-            task=task,
-            model=model,
-            replica=replica,
-            engine=self.engines[model][replica],
-            arrived_at=arrived_at,
-            decision_s=self.clock() - arrived_at,
-            pinned=pinned,
-        )
+        engine = self.engines[model][replica]
+        decision_s = self.clock() - arrived_at
+        predicted = None
+        if self.forecast is not None:
+            predicted = self.forecast.latency_ms_per_token(
+                task, model, self._loads.in_flight[model][replica], self._loads.on_device(replica)
+            )
+        return Route(task, model, replica, engine, arrived_at, decision_s, pinned, predicted)
 
     def _open_model(self, chosen: int, pinned: bool) -> int:
         """Where a policy chose a model that is down, the next smaller one, which is faster; else a larger."""

@@ -67,6 +67,10 @@ class Loads:
         """`Observation.batch_sizes`, of the replicas that are up; of all where none is."""
         return self._batch_sizes.copy()
 
+    def on_device(self, replica: int) -> list[int]:
+        """Requests in flight by model, on the device of this replica; to be read only."""
+        return self._on_device[replica % self._num_devices]
+
     def neighbours(self) -> NDArray[np.float64]:
         """`Observation.neighbours`."""
         seen: list[int] = []
@@ -90,10 +94,7 @@ class _Order:
         self._nodes[self._num_leaves :] = [leaf if leaf < size else last for leaf in range(self._num_leaves)]
         for node in range(self._num_leaves - 1, 0, -1):
             self._nodes[node] = min(self._nodes[2 * node], self._nodes[2 * node + 1])
-
-    @property
-    def first(self) -> int:
-        return self._nodes[1] % self._size
+        self.first = 0
 
     def put(self, replica: int, count: int) -> None:
         nodes = self._nodes
@@ -107,3 +108,4 @@ class _Order:
             if nodes[node] == lesser:
                 return
             nodes[node] = lesser
+        self.first = nodes[1] % self._size

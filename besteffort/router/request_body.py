@@ -1,12 +1,14 @@
 """The body of a completion request: read as far as routing needs, all else untouched."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
 
 _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENCODER = msgspec.json.Encoder()
+_LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')  # one prompt may be a list as well, of tokens
 
 
 class RequestBody:
@@ -30,6 +32,30 @@ class RequestBody:
         """None if it is missing."""
         raw = self._fields.get("model")
         return None if raw is None else msgspec.json.decode(raw)
+
+    @property
+    def num_answers(self) -> int:
+        """`n` for each prompt; what makes no sense is the engine's to refuse, and counts as one."""
+        n, prompt = self._fields.get("n"), self._fields.get("prompt")
+        number = 1 if n is None else msgspec.json.decode(n)
+        if not isinstance(number, int) or number < 1:
+            number = 1
+        if prompt is not None and _LIST_OF_PROMPTS.match(prompt):
+            number *= len(msgspec.json.decode(prompt, type=list[msgspec.Raw]))
+        return number
+
+    @property
+    def prompt(self) -> memoryview | None:
+        """The JSON of the prompt or the messages; None if there are none."""
+        raw = self._fields.get("prompt") or self._fields.get("messages")
+        return None if raw is None else memoryview(raw)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """How many tokens the client wants at most; None if it does not say."""
+        raw = self._fields.get("max_completion_tokens") or self._fields.get("max_tokens")
+        value = None if raw is None else msgspec.json.decode(raw)
+        return value if isinstance(value, int) and value > 0 else None
 
     def for_engine(self, served_name: str) -> bytes:
         fields = self._fields

@@ -2,66 +2,100 @@
 
 import asyncio
 import gc
+import os
 import signal
 import socket
-import ssl
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import uvloop
 
-from besteffort.router.api_key import ApiKey
 from besteffort.router.app import App
+from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
-from besteffort.router.limits import Limits
+from besteffort.router.policy_source import PolicySource
+from besteffort.router.reload import Reload
 from besteffort.router.server import Server
+from besteffort.router.settings import Settings
 from besteffort.router.watch import Watch
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What whoever starts the router may choose."""
-
-    limits: Limits = field(default_factory=Limits)
-    api_key: ApiKey | None = None
-    protect_metrics: bool = False
-    forward_authorization: bool = False
-    tls: ssl.SSLContext | None = None
 
 
 @asynccontextmanager
 async def running_router(
-    dispatcher: Dispatcher, settings: Settings, listener: socket.socket
+    dispatcher: Dispatcher,
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    admin_listener: socket.socket | None = None,
+    reload: Reload | None = None,
+    decision_log: DecisionLog | None = None,
 ) -> AsyncIterator[Server]:
-    """The router on a socket that listens; at the end requests in work have a while to end."""
+    """The router on a socket that listens; at the end requests in work have a while to end.
+
+    On `admin_listener`, if there is one, are metrics and administration, until all requests have ended.
+    """
     watch = Watch(asyncio.get_running_loop())
     app = App(
         dispatcher,
-        settings.limits,
+        settings,
         watch,
-        api_key=settings.api_key,
-        protect_metrics=settings.protect_metrics,
-        forward_authorization=settings.forward_authorization,
+        reload=reload,
+        admin_apart=admin_listener is not None,
+        decision_log=decision_log,
     )
-    server = Server(app, settings.limits, watch)
+    server = Server(app.public, settings.limits, watch)
     await server.listen([listener], settings.tls)
+    inner = None
+    if admin_listener is not None and app.inner is not None:
+        inner = Server(app.inner, settings.limits, watch)
+        await inner.listen([admin_listener], settings.tls)
     try:
         yield server
     finally:
         await server.drain()
+        if inner is not None:
+            await inner.drain(grace_s=0.0)
         app.close()
 
 
-def run_router(dispatcher: Dispatcher, settings: Settings, listener: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM."""
+def run_router(
+    dispatcher: Dispatcher,
+    settings: Settings,
+    listener: socket.socket,
+    *,
+    admin_listener: socket.socket | None = None,
+    decision_log: DecisionLog | None = None,
+    source: PolicySource,
+    say: Callable[[str], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM; SIGHUP loads the policy of the start anew. `say` hears what is done."""
+    has_terminal = os.isatty(sys.stderr.fileno())
 
     async def serve() -> None:
-        stop = asyncio.Event()
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        reload = Reload(dispatcher, source, say)
+
+        def hang_up() -> None:
+            if has_terminal and not os.isatty(sys.stderr.fileno()):  # that is what hung up
+                stop.set()
+            else:
+                reload.start()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with running_router(dispatcher, settings, listener):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, hang_up)
+        running = running_router(
+            dispatcher,
+            settings,
+            listener,
+            admin_listener=admin_listener,
+            reload=reload,
+            decision_log=decision_log,
+        )
+        async with running:
             await stop.wait()
+        reload.close()
 
     # What is here by now stays: a collection that walks all of it would hold up every request.
     gc.collect()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from besteffort.router.client_connection import ClientConnection
 from besteffort.router.limits import Limits
 from besteffort.router.message import Handler
+from besteffort.router.outbox import Outbox
 from besteffort.router.request_reader import Budget
 from besteffort.router.watch import Watch
 
@@ -26,6 +27,7 @@ class Server:
         self.limits = limits
         self.watch = watch
         self.loop = asyncio.get_running_loop()
+        self.outbox = Outbox(self.loop)
         self.budget = Budget(limits.max_held)
         self.connections: set[ClientConnection] = set()
         self.draining = False
@@ -42,12 +44,13 @@ class Server:
                 )
             )
 
-    async def drain(self) -> None:
-        """Take no more requests, wait for those in work as long as the limits say, then cut them off."""
+    async def drain(self, grace_s: float | None = None) -> None:
+        """Take no more requests, wait for those in work, by default as long as the limits say, then cut them
+        off."""
         self.draining = True
         for listening in self._listening:
             listening.close()
-        give_up_at = self.loop.time() + self.limits.grace_s
+        give_up_at = self.loop.time() + (self.limits.grace_s if grace_s is None else grace_s)
         while self.connections and self.loop.time() < give_up_at:
             for connection in list(self.connections):
                 connection.drain()

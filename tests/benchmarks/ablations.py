@@ -7,7 +7,7 @@ training seeds with the standard deviation between them. Run it with `make ablat
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from besteffort.arrivals import arrival_rates_per_s
-from besteffort.artifacts.policy_file import TrainedPolicy
+from besteffort.artifacts.policy_file import TrainedPolicy, load_policy
 from besteffort.artifacts.profile_file import load_latency
 from besteffort.artifacts.rewards_file import load_rewards
 from besteffort.artifacts.thresholds_file import load_thresholds
@@ -35,16 +35,15 @@ from besteffort.workload import stable, unpredictable_1, unpredictable_2
 FLEET_DIR = Path("artifacts/titan-rtx-opt")
 FIRST_SEED = 700_000  # nothing trains, tunes or is compared elsewhere by these and the next ones
 DEFAULT = DIRECT_RECIPES["default"]
-VARIANTS: dict[str, DirectRecipe] = {
+SMALL = replace(DEFAULT, num_passes=1, num_unpredictable=DEFAULT.num_unpredictable // 2)
+VARIANTS = {
     "the default recipe": DEFAULT,
-    "no thresholds of its own for a calm fleet": replace(DEFAULT, with_calm=False),
-    "no highest batch sizes": replace(DEFAULT, with_highest=False),
-    "no check on other workloads": replace(DEFAULT, with_check=False),
-    "no unpredictable workloads": replace(DEFAULT, num_unpredictable=0),
-    "each knot alone, nothing together": replace(DEFAULT, num_passes=0),
-    "half as many unpredictable workloads": replace(
-        DEFAULT, num_unpredictable=DEFAULT.num_unpredictable // 2
-    ),
+    "one pass, half as many unpredictable workloads": SMALL,
+    "that without thresholds of its own for a calm fleet": replace(SMALL, with_calm=False),
+    "that without highest batch sizes": replace(SMALL, with_highest=False),
+    "that without a check on other workloads": replace(SMALL, with_check=False),
+    "that without unpredictable workloads": replace(SMALL, num_unpredictable=0),
+    "each knot alone, nothing together": replace(SMALL, num_passes=0),
 }
 COLUMNS = ("stable", "3/s", "48/s", "unpredictable 1", "unpredictable 2")
 
@@ -53,7 +52,8 @@ class HeldOut:
     """Traces that no training has seen, column by column."""
 
     def __init__(self, service: Service, num_traces: int) -> None:
-        fleet, seeds = service.fleet, range(FIRST_SEED, FIRST_SEED + num_traces)
+        self.service, fleet = service, service.fleet
+        seeds = range(FIRST_SEED, FIRST_SEED + num_traces)
 
         def steady(rate: float) -> list[Requests]:
             num = max(10, round(40.0 * rate))
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--traces", type=int, default=10)
     parser.add_argument("--only", default="", help="variants whose names contain this")
+    parser.add_argument("--policies", type=Path, nargs="+", default=[], help="one more row: these")
     options = parser.parse_args()
     fleet = load_fleet(FLEET_DIR)
     latency = load_latency(FLEET_DIR / "profile.parquet", fleet)
@@ -107,28 +108,33 @@ def main() -> None:
     _write(f"mean performance, {options.traces} held-out traces each", COLUMNS, "CPU s")
     _write("---", ["---"] * len(COLUMNS), "---")
     _write("tuned thresholds", [f"{against[column].mean():.4f}" for column in COLUMNS], "")
+    if options.policies:
+        _row("the policies given", [load_policy(path, fleet) for path in options.policies], held_out, against)
     for name, recipe in VARIANTS.items():
         if options.only in name:
-            _row(name, recipe, service, held_out, against, options.seeds)
+            policies = (_train(recipe, service, seed) for seed in range(options.seeds))
+            _row(name, policies, held_out, against)
+
+
+def _train(recipe: DirectRecipe, service: Service, seed: int) -> TrainedPolicy:
+    training = DirectTrainer(service, recipe, seed).run(Silent())
+    return TrainedPolicy(training.best, training.encoding, {})
 
 
 def _row(
     name: str,
-    recipe: DirectRecipe,
-    service: Service,
+    policies: Iterable[TrainedPolicy],
     held_out: HeldOut,
     against: dict[str, NDArray[np.float64]],
-    num_seeds: int,
 ) -> None:
-    ahead, took_s = [], []
-    for seed in range(num_seeds):
-        began = time.process_time()
-        training = DirectTrainer(service, recipe, seed).run(Silent())
-        took_s.append(time.process_time() - began)
-        policy = TrainedPolicy(training.best, training.encoding, {})
-        reached = held_out.means(by_network(policy, service))
+    ahead, began_s = [], time.process_time()
+    took_s = []
+    for policy in policies:
+        took_s.append(time.process_time() - began_s)
+        reached = held_out.means(by_network(policy, held_out.service))
         ahead.append([reached[column].mean() - against[column].mean() for column in COLUMNS])
-    means, spread = np.mean(ahead, axis=0), np.std(ahead, axis=0, ddof=min(1, num_seeds - 1))
+        began_s = time.process_time()
+    means, spread = np.mean(ahead, axis=0), np.std(ahead, axis=0, ddof=min(1, len(ahead) - 1))
     cells = [f"{mean:+.4f} ± {std:.4f}" for mean, std in zip(means, spread, strict=True)]
     _write(name, cells, f"{np.mean(took_s):.0f}")
 

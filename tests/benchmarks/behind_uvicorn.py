@@ -13,8 +13,9 @@ import uvicorn
 from besteffort.engines.running import Engine
 from besteffort.router.app import App
 from besteffort.router.dispatcher import Dispatcher
-from besteffort.router.limits import Limits
+from besteffort.router.endpoints import Endpoints
 from besteffort.router.message import Reply, Request
+from besteffort.router.settings import Settings
 from besteffort.router.watch import Watch
 from tests.benchmarks.router import FLEET_DIR, POLICY, load
 
@@ -58,11 +59,11 @@ class _Responder:
 class Asgi:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._app: App | None = None
+        self._app: Endpoints | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if self._app is None:
-            self._app = App(self._dispatcher, Limits(), Watch(asyncio.get_running_loop()))
+            self._app = App(self._dispatcher, Settings(), Watch(asyncio.get_running_loop())).public
         body, more = b"", True
         while more:
             message = await receive()

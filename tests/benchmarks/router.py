@@ -14,30 +14,25 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 import uvloop
 
 from besteffort.engines.child import free_port
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.policies import Policy, load_named_policy
 from tests.benchmarks.load import drive
+from tests.benchmarks.processes import BENCH_DIR, ROOT, cpu_s, running
 
-ROOT = Path(__file__).parents[2]
 FLEET_DIR = ROOT / "artifacts" / "titan-rtx-opt"
 POLICY = FLEET_DIR / "policies" / "hard.safetensors"
-BENCH_DIR = ROOT / ".bench"
 RUST_ROUTERS = ("vllm-router==0.1.17", "sglang-router==0.3.2")
 REFERENCE = "vllm-router"
 NUM_CONNECTIONS = 64
-_START_TIMEOUT_S = 60.0
 
 
 def load(fleet_dir: Path, policy: Path) -> tuple[Fleet, Policy]:
@@ -130,67 +125,32 @@ def _contenders(names: list[str]) -> dict[str, Callable[[int, list[str]], list[s
         "sglang-router": _sglang_router,
         "nginx": _nginx,
     }
-    return {name: command for name, command in known.items() if not names or name in names}
+    missing = {"nginx": _nginx_program() is None}
+    missing |= dict.fromkeys(("vllm-router", "sglang-router"), not _has_rust_routers())
+    wanted = [name for name in known if (not names or name in names) and not missing.get(name)]
+    return {name: known[name] for name in wanted}
+
+
+def _has_rust_routers() -> bool:
+    return (BENCH_DIR / "venv" / "bin" / "vllm-router").exists()
 
 
 def _install_rust_routers() -> None:
-    if (BENCH_DIR / "venv" / "bin" / "vllm-router").exists():
-        return
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     python = str(BENCH_DIR / "venv" / "bin" / "python")
     subprocess.run([uv, "venv", "-q", "-p", "3.11", str(BENCH_DIR / "venv")], check=True)
     subprocess.run([uv, "pip", "install", "-q", "-p", python, *RUST_ROUTERS], check=True)
 
 
-@contextmanager
-def _running(command: list[str], core: int, url: str) -> Iterator[int]:
-    """Its process id, once it answers; what it started ends with it."""
-    BENCH_DIR.mkdir(exist_ok=True)
-    log = BENCH_DIR / "log"
-    with log.open("ab") as output:
-        pinned = ["taskset", "-c", str(core), *command]
-        process = subprocess.Popen(pinned, stdout=output, stderr=output, cwd=ROOT)
-    try:
-        give_up_at = time.monotonic() + _START_TIMEOUT_S
-        while not _answers(url):
-            if process.poll() is not None or time.monotonic() > give_up_at:
-                raise SystemExit(f"{command[0]} does not answer; see {log}")
-            time.sleep(0.2)
-        yield process.pid
-    finally:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _answers(url: str) -> bool:
-    body = b'{"model":"besteffort/hellaswag","prompt":"x","max_tokens":1}'
-    where, headers = f"{url}/v1/completions", {"content-type": "application/json"}
-    request = urllib.request.Request(where, body, headers)  # noqa: S310
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
-
-
-def _cpu_s(pid: int) -> float:
-    process = psutil.Process(pid)
-    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
-
-
 async def _measure(contender: Contender, seconds: float) -> None:
     figures, ports = contender.figures, contender.ports
     await drive(ports, num_connections=NUM_CONNECTIONS, duration_s=seconds / 10)  # warm
-    cpu_before = 0.0 if contender.pid is None else _cpu_s(contender.pid)
+    cpu_before = 0.0 if contender.pid is None else cpu_s(contender.pid)
     began_at = time.perf_counter()
     full = await drive(ports, num_connections=NUM_CONNECTIONS, duration_s=seconds)
     figures.per_s.append(len(full.latency_s) / (time.perf_counter() - began_at))
     if contender.pid is not None:
-        figures.cpu_s.append((_cpu_s(contender.pid) - cpu_before) / len(full.latency_s))
+        figures.cpu_s.append((cpu_s(contender.pid) - cpu_before) / len(full.latency_s))
     alone = await drive(ports, num_connections=1, duration_s=seconds)
     figures.p50_s.append(float(np.percentile(alone.latency_s, 50)))
     figures.p99_s.append(float(np.percentile(alone.latency_s, 99)))
@@ -234,8 +194,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each load, in each round")
     parser.add_argument("--only", action="append", default=[], help="this contender; may be repeated")
+    parser.add_argument("--no-install", action="store_true", help="only what is here already")
     options = parser.parse_args()
-    _install_rust_routers()
+    if not (options.no_install or _has_rust_routers()):
+        _install_rust_routers()
     router_core, load_core = 0, (os.cpu_count() or 1) - 1
     os.sched_setaffinity(0, {load_core})
     with ExitStack() as stack:
@@ -244,15 +206,12 @@ def main() -> None:
             port = free_port()
             command = [sys.executable, "-m", "tests.benchmarks.mock_engine", str(port)]
             urls.append(f"http://127.0.0.1:{port}")
-            stack.enter_context(_running(command, load_core, urls[-1]))
+            stack.enter_context(running(command, urls[-1], core=load_core))
         contenders = [Contender("no router", tuple(int(url.rpartition(":")[2]) for url in urls), None)]
         for name, command_of in _contenders(options.only).items():
-            if name == "nginx" and _nginx_program() is None:
-                continue
             port = free_port()
-            pid = stack.enter_context(
-                _running(command_of(port, urls), router_core, f"http://127.0.0.1:{port}")
-            )
+            command = command_of(port, urls)
+            pid = stack.enter_context(running(command, f"http://127.0.0.1:{port}", core=router_core))
             contenders.append(Contender(name, (port,), pid))
         for number in range(options.rounds):
             for contender in contenders:
