@@ -3,8 +3,8 @@
 The stages share one fleet and one folder; a later test uses what an earlier one made.
 """
 
-import asyncio
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -22,7 +23,6 @@ import pytest
 
 from besteffort.artifacts.profile_file import load_latency, load_samples
 from besteffort.engines.child import free_port
-from besteffort.engines.client import complete, completion_body, open_session, random_prompt
 from besteffort.fleet import load_fleet
 from besteffort.stages.profile import plan_runs
 from tests.conftest import ROOT, SHARED_DATA, TinyEngines
@@ -121,6 +121,12 @@ def test_the_openai_package_completes_and_streams(routed: str) -> None:
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.completion_tokens == 6
         assert {chunk.model for chunk in chunks} < {"opt-3m", "opt-22m", "opt-90m"}
+        told = {"x-besteffort-receipt": "stream"}
+        *chunks, last = client.completions.create(**asked, n=2, stream=True, extra_headers=told)
+        assert sum(len(chunk.choices) for chunk in chunks) == 12
+        receipt = last.model_extra["besteffort"]
+        assert (receipt["task"], receipt["num_tokens"]) == ("copa", 12)
+        assert receipt["model"] == chunks[0].model
 
 
 def test_the_openai_package_chats_and_streams(routed: str) -> None:
@@ -161,26 +167,24 @@ def test_vllm_bench_serve_runs_against_the_router(
     assert result["total_output_tokens"] == 24 * 8
 
 
-def test_a_client_that_goes_away_leaves_nothing_running_in_vllm(
-    routed: str, tiny_engines: TinyEngines
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_its_request_in_vllm(
+    routed: str, tiny_engines: TinyEngines, stream: bool
 ) -> None:
-    async def give_up() -> None:
-        import numpy as np
-
-        async with open_session(60) as session:
-            body = completion_body("opt-90m", random_prompt(16, np.random.default_rng(0)), 400)
-            await asyncio.wait_for(complete(session, routed, body), 1.0)
-
-    with pytest.raises(TimeoutError):
-        asyncio.run(give_up())
-    # 400 tokens would take it about 7 s.
-    wait_for(lambda: _num_running(tiny_engines.urls["opt-90m"][0]) == 0, timeout_s=5)
+    vllm, num_tokens = tiny_engines.urls["opt-90m"][0], 480  # which take it 8 s at least
+    generated = _figure(vllm, "vllm:generation_tokens_total")
+    body = {"model": "opt-90m", "prompt": "x", "max_tokens": num_tokens, "ignore_eos": True, "stream": stream}
+    with contextlib.closing(http.client.HTTPConnection(urlsplit(routed).netloc, timeout=60)) as client:
+        client.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        wait_for(lambda: _figure(vllm, "vllm:num_requests_running") == 1, timeout_s=60)
+    wait_for(lambda: _figure(vllm, "vllm:num_requests_running") == 0, timeout_s=60)
+    assert _figure(vllm, "vllm:generation_tokens_total") - generated < num_tokens / 2
 
 
-def _num_running(url: str) -> float:
+def _figure(url: str, name: str) -> float:
     with openai.OpenAI(base_url=url, api_key="none") as client:
         lines = client.get("/metrics", cast_to=str).splitlines()
-    return float(next(x for x in lines if x.startswith("vllm:num_requests_running")).split()[-1])
+    return float(next(line for line in lines if line.startswith(name)).split()[-1])
 
 
 @pytest.fixture
