@@ -50,17 +50,4 @@ class DirectRecipe(BaseRecipe):
 
 DIRECT_RECIPES = {
     "default": DirectRecipe(),
-    "quick": DirectRecipe(
-        num_passes=1,
-        num_generations_alone=25,
-        num_generations=10,
-        calm_num_requests=500,
-        busy_num_requests=1500,
-        num_short=10,
-        num_unpredictable=4,
-        unpredictable_num_requests=3000,
-        evaluation_num_requests=1500,
-        gate_num_seeds=2,
-        gate_num_requests=1000,
-    ),
 }
