@@ -1,4 +1,4 @@
-"""What is free in the default training, and the values it has by default."""
+"""What is free in the recipe `advantages`, and the values it has."""
 
 from dataclasses import dataclass, replace
 

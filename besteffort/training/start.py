@@ -28,7 +28,7 @@ def load_start(path: Path, fleet: Fleet) -> TrainedPolicy:
 
 
 def reading_the_fleets_state(start: TrainedPolicy) -> tuple[QNetwork, FleetEncoding]:
-    """Its network and normalisation, if it reads what the default training has it read.
+    """Its network and normalisation, if it reads what the recipe `advantages` has it read.
 
     Raises:
         PolicyError: it reads another state, or has another form.
