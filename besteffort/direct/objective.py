@@ -19,7 +19,7 @@ from besteffort.workload import stable, unpredictable_1, unpredictable_2
 
 BUSY_FROM_PER_S = 9.0
 SHORT_RATES_PER_S = (2.0, 3.0, 4.0)
-SHORT_WEIGHT, UNPREDICTABLE_WEIGHT = 1.5, 1.5  # of each kind, beside 1 for all long steady ones
+SHORT_WEIGHT, UNPREDICTABLE_WEIGHT = 3.0, 1.5  # of each kind, beside 1 for all long steady ones
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class DirectRecipe(BaseRecipe):
     """of a steady workload below `BUSY_FROM_PER_S`"""
     busy_num_requests: int = 5000
     """of one from there on: a backlog takes long to show"""
-    num_short: int = 30
+    num_short: int = 40
     """workloads at each calm rate that begin with an idle fleet and end soon, as the paper's do (App. B)"""
     short_num_requests: int = 120
     """of each of these"""
