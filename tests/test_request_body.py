@@ -85,3 +85,28 @@ def test_the_engine_gets_one_model_whatever_the_client_hid_it_in(data: bytes, mo
 def test_what_is_no_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
         RequestBody(data)
+
+
+@pytest.mark.parametrize(
+    ("body", "number"),
+    [
+        ({}, 1),
+        ({"prompt": "x", "n": None}, 1),
+        ({"prompt": "x", "n": 3}, 3),
+        ({"prompt": [5, 6, 7]}, 1),  # one prompt, of tokens
+        ({"prompt": ["a", "b"]}, 2),
+        ({"prompt": [[5, 6], [7], [8]], "n": 2}, 6),
+        ({"prompt": []}, 1),
+        ({"prompt": {"a": 1}, "n": "2"}, 1),
+        ({"messages": [{"role": "user"}], "n": 2}, 2),
+        ({"n": 0}, 1),
+        ({"n": -2}, 1),
+        ({"n": 1.5}, 1),
+        ({"n": True}, 1),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_answers_are_counted_by_prompt_and_by_n(
+    body: dict[str, object], number: int, indent: int | None
+) -> None:
+    assert RequestBody(json.dumps(body, indent=indent).encode()).num_answers == number

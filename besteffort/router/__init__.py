@@ -3,6 +3,7 @@
 from besteffort.router.api_key import ApiKey
 from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
+from besteffort.router.forecast import Forecast
 from besteffort.router.limits import Limits
 from besteffort.router.policy_source import PolicySource
 from besteffort.router.running import run_router, running_router
@@ -12,6 +13,7 @@ __all__ = [
     "ApiKey",
     "DecisionLog",
     "Dispatcher",
+    "Forecast",
     "Limits",
     "PolicySource",
     "Settings",

@@ -60,6 +60,7 @@ class Entry:
         began_at: float,  # s, by the dispatcher's clock; NaN: no stream
         ended_at: float,
         num_tokens: int,
+        latency_ms_per_token: float | None,
         deadline_ms_per_token: float,
     ) -> None:
         stated, body = self._prompt.stated, self._body
@@ -78,6 +79,7 @@ class Entry:
                 self.error,
                 began_at,
                 ended_at,
+                latency_ms_per_token,
                 deadline_ms_per_token,
             )
         )
@@ -214,10 +216,9 @@ class DecisionLog(Collector):
         """Those of `RECORDED`."""
         (
             route, decision, request_id, num_prompt, estimated, num_output, num_tokens, num_retries, outcome,
-            status, error, began_at, ended_at, deadline,
+            status, error, began_at, ended_at, latency, deadline,
         ) = row  # fmt: skip
         elapsed_ms = 1000.0 * (ended_at - route.arrived_at)
-        answered = outcome == "ok" and num_tokens
         return (
             self._epoch_s + route.arrived_at,
             request_id.decode(),
@@ -236,7 +237,7 @@ class DecisionLog(Collector):
             error,
             elapsed_ms,
             1000.0 * (began_at - route.arrived_at),
-            elapsed_ms / num_tokens if answered else math.nan,
+            latency,
             deadline,
         )
 

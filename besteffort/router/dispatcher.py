@@ -15,6 +15,7 @@ from besteffort.errors import EngineError
 from besteffort.fleet import Fleet
 from besteffort.observation import Observation
 from besteffort.policies import HasQValues, Policy, Remembers
+from besteffort.router.forecast import Forecast
 from besteffort.router.loads import Loads
 
 _NUM_REMEMBERED = 32_768  # arrivals, for a policy that is put in charge while requests come
@@ -35,6 +36,7 @@ class Route:
     arrived_at: float  # s, by the dispatcher's clock
     decision_s: float
     pinned: bool
+    predicted_ms_per_token: float | None = None  # by the batch sizes at the decision
 
 
 @dataclass(slots=True)
@@ -59,11 +61,13 @@ class Dispatcher:
         policy: Policy,
         engines: Engines,
         clock: Callable[[], float] = time.perf_counter,
+        forecast: Forecast | None = None,
     ) -> None:
         self.fleet = fleet
         self.policy = policy
         self.engines = engines
         self.clock = clock
+        self.forecast = forecast
         self.arrival_rate_per_s = 0.0
         self.keeps_decisions = False
         self.decision: Decision | None = None
@@ -159,7 +163,13 @@ class Dispatcher:
         replica = self._loads.least(model)
         self._loads.add(model, replica, 1)
         engine = self.engines[model][replica]
-        return Route(task, model, replica, engine, arrived_at, self.clock() - arrived_at, pinned)
+        decision_s = self.clock() - arrived_at
+        predicted = None
+        if self.forecast is not None:
+            predicted = self.forecast.latency_ms_per_token(
+                task, model, self._loads.in_flight[model][replica], self._loads.on_device(replica)
+            )
+        return Route(task, model, replica, engine, arrived_at, decision_s, pinned, predicted)
 
     def _open_model(self, chosen: int, pinned: bool) -> int:
         """Where a policy chose a model that is down, the next smaller one, which is faster; else a larger."""

@@ -1,12 +1,14 @@
 """The body of a completion request: read as far as routing needs, all else untouched."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
 
 _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENCODER = msgspec.json.Encoder()
+_LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')  # one prompt may be a list as well, of tokens
 
 
 class RequestBody:
@@ -30,6 +32,17 @@ class RequestBody:
         """None if it is missing."""
         raw = self._fields.get("model")
         return None if raw is None else msgspec.json.decode(raw)
+
+    @property
+    def num_answers(self) -> int:
+        """`n` for each prompt; what makes no sense is the engine's to refuse, and counts as one."""
+        n, prompt = self._fields.get("n"), self._fields.get("prompt")
+        number = 1 if n is None else msgspec.json.decode(n)
+        if not isinstance(number, int) or number < 1:
+            number = 1
+        if prompt is not None and _LIST_OF_PROMPTS.match(prompt):
+            number *= len(msgspec.json.decode(prompt, type=list[msgspec.Raw]))
+        return number
 
     @property
     def prompt(self) -> memoryview | None:

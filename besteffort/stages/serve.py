@@ -4,18 +4,23 @@ import os
 import resource
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from besteffort.artifacts.profile_file import load_latency
+from besteffort.artifacts.rewards_file import load_rewards
 from besteffort.engines.running import Urls, running_engines
-from besteffort.errors import UsageError
-from besteffort.fleet import load_fleet
+from besteffort.errors import InputError, UsageError
+from besteffort.fleet import Fleet, load_fleet
 from besteffort.policies import Policy, load_named_policy
 from besteffort.progress import Progress
-from besteffort.router import DecisionLog, Dispatcher, PolicySource, Settings, run_router
+from besteffort.router import DecisionLog, Dispatcher, Forecast, PolicySource, Settings, run_router
+
+T = TypeVar("T")
 
 # Connections that the kernel holds for us while we are busy: a burst is not refused.
 _BACKLOG = 2048
@@ -57,6 +62,7 @@ def serve(
         )
 
     chosen = load(policy)
+    forecast = _forecast(fleet, profile, rewards, progress)
     if decision_log is not None:
         _check_writable(decision_log)
     if settings.api_key is None and not host.startswith(_LOOPBACK):
@@ -73,7 +79,7 @@ def serve(
         if admin_port is not None:
             progress.say(f"metrics and administration are at {admin_url}")
         progress.say(f"serving {fleet.name} by {chosen.name} at {url}/v1 (Ctrl-C ends it)")
-        dispatcher = Dispatcher(fleet, chosen, engines)
+        dispatcher = Dispatcher(fleet, chosen, engines, forecast=forecast)
         log = None
         if decision_log is not None:
             log = DecisionLog(
@@ -90,6 +96,19 @@ def serve(
             say=progress.say,
         )
     progress.say("stopped; every engine started here has ended")
+
+
+def _forecast(fleet: Fleet, profile: Path, rewards: Path, progress: Progress) -> Forecast:
+    """What receipts and metrics say of requests beforehand: less, where a file is missing or of no use."""
+
+    def read(path: Path, load: Callable[[Path, Fleet], T]) -> T | None:
+        try:
+            return load(path, fleet) if path.exists() else None
+        except InputError as error:
+            progress.say(f"warning: receipts and metrics do without it: {error}")
+            return None
+
+    return Forecast(fleet, read(profile, load_latency), read(rewards, load_rewards))
 
 
 def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:
