@@ -106,12 +106,14 @@ class Door:
 
 
 @contextmanager
-def door(fleet: Fleet, script: Script, settings: Settings | None = None) -> Iterator[Door]:
+def door(
+    fleet: Fleet, script: Script, settings: Settings | None = None, source: PolicySource | None = None
+) -> Iterator[Door]:
     engine = RawEngine(script)
     replica = Engine(engine.url, "served")
     dispatcher = Dispatcher(fleet, RoundRobin(), ((replica, replica), (replica,)))
     try:
-        with routing(dispatcher, settings) as url:
+        with routing(dispatcher, settings, source=source) as url:
             yield Door(url, engine, dispatcher)
     finally:
         engine.close()

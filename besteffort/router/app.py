@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from importlib import resources
 from urllib.parse import unquote
 
 import numpy as np
@@ -68,7 +69,11 @@ class App:
         for collector in (reload, decision_log):
             if collector is not None:
                 self.metrics.add(collector)
-        health = {b"/health": get(self._say_health)}
+        api = Reply(200, resources.files("besteffort.router").joinpath("openapi.json").read_bytes())
+        health = {
+            b"/health": get(self._say_health),
+            b"/openapi.json": get(lambda request, responder: responder.reply(api)),
+        }
         for_clients = health | self._for_clients(settings.api_key)
         for_us = health | self._for_us(settings, reload)
         self.inner = Endpoints(for_us, settings.admin_key) if admin_apart else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -28,8 +29,10 @@ EVERY_S = 60.0
 _MAX_WAITING = 20_000  # rows, about 1 KiB each: what a slow disk may cost in memory
 _POLL_S = 0.1
 # Rows made into columns at once, and the rest after it: the interpreter's lock is held no longer than that.
-_BATCH, _REST_S = 64, 0.0005
+_BATCH, _REST_S = 256, 0.001
 _CLOSE_S = 10.0
+
+_NOTHING = np.zeros(0)
 
 Row = tuple[Any, ...]  # as `_columns` takes it apart
 
@@ -206,11 +209,8 @@ class DecisionLog(Collector):
 
     def _batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
         columns = zip(*(self._columns(row) for row in rows), strict=True) if rows else [()] * len(RECORDED)
-        arrays = [
-            pa.array(column, field.type, from_pandas=True)
-            for column, field in zip(columns, RECORDED, strict=True)
-        ]
-        return pa.RecordBatch.from_arrays(arrays, schema=RECORDED)
+        pairs = zip(columns, RECORDED, strict=True)
+        return pa.RecordBatch.from_arrays([_array(*pair) for pair in pairs], schema=RECORDED)
 
     def _columns(self, row: Row) -> Row:
         """Those of `RECORDED`."""
@@ -242,16 +242,25 @@ class DecisionLog(Collector):
         )
 
 
+def _array(column: Sequence[Any], field: pa.Field) -> pa.Array:
+    """What Arrow makes of a column; of arrays in it, in a tenth of the time."""
+    if not pa.types.is_list(field.type):
+        return pa.array(column, field.type, from_pandas=True)
+    ends = np.cumsum([0, *(0 if values is None else values.size for values in column)], dtype=np.int32)
+    values = np.concatenate([_NOTHING, *(values for values in column if values is not None)], axis=None)
+    missing = pa.array([values is None for values in column], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values), field.type, mask=missing)
+
+
 def _seen(decision: Decision | None) -> Row:
     if decision is None:
         return (None,) * 6
     seen = decision.observation
-    neighbours = None if seen.neighbours is None else seen.neighbours.ravel()
     return (
         decision.policy,
         seen.arrival_rate_per_s,
         seen.batch_sizes,
-        neighbours,
+        seen.neighbours,
         decision.q_values,
         decision.chosen,
     )
