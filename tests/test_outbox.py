@@ -124,6 +124,15 @@ def test_what_was_closed_meanwhile_gets_nothing_and_keeps_nobody_from_it() -> No
     assert [number for number, _ in wire.written] == [n for n in range(HELD) if n != before]
 
 
+def test_never_does_a_message_wait_for_more_than_a_few_others() -> None:
+    loop, wire, outbox = made()
+    for number in range(1, 201):
+        outbox.send(wire.end(0), [b"x"])
+        assert number - len(wire.written) < 16
+    loop.turn()
+    assert len(wire.written) == 200
+
+
 def test_never_is_a_lot_held() -> None:
     loop, wire, outbox = made()
     for number in range(1, 101):

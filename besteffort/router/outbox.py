@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 SMALL = 65_536  # bytes; up to this, copying costs less than writing in parts
 _MAX_HELD = 262_144  # bytes; more is written at once, so that a client that does not read is noticed
+_MAX_TOGETHER = 16  # messages; of more the first would wait too long
 _TRY_EVERY = 16  # messages that are written at once, before one is held to see whether it has company
 
 
@@ -54,7 +55,7 @@ class Outbox:
         self._num_gathered += 1
         self._held.append((transport, data))
         self._num_bytes += size
-        if self._num_bytes > _MAX_HELD:
+        if self._num_bytes > _MAX_HELD or len(self._held) >= _MAX_TOGETHER:
             self.flush()
 
     def _end_turn(self) -> None:
