@@ -263,6 +263,18 @@ def test_lengths_that_no_fleet_takes_are_cut_so_that_the_log_can_be_replayed(log
     assert len(load_trace(logged.folder, logged.fleet)) == 1
 
 
+@pytest.mark.parametrize("wanted", [float("nan"), 1e400, 2**63, 10**40])
+def test_nothing_that_a_client_may_want_costs_it_its_answer_or_the_log_a_row(
+    logged: Logged, wanted: float
+) -> None:
+    def script(connection: socket.socket, _: int) -> None:
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\n{}")
+
+    with logged.running(script):
+        assert logged.ask({"max_tokens": wanted, "n": wanted}) == (400, b"{}")
+    assert [row["outcome"] for row in logged.rows] == ["refused"]
+
+
 @pytest.mark.parametrize("cut", range(0, 60, 7))
 def test_a_prompt_is_counted_as_stated_however_the_answer_is_cut(cut: int) -> None:
     data = b'{"x":"\\"prompt_tokens\\":1}","usage":{"prompt_tokens": 12,"completion_tokens":3}}'

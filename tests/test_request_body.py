@@ -80,6 +80,7 @@ def test_the_engine_gets_one_model_whatever_the_client_hid_it_in(data: bytes, mo
         b"{}{}",
         b'\xef\xbb\xbf{"a":1}',
         b"{" * 10**6,
+        b'{"\\ud800":1}',
     ],
 )
 def test_what_is_no_json_object_is_refused(data: bytes) -> None:
@@ -110,3 +111,20 @@ def test_answers_are_counted_by_prompt_and_by_n(
     body: dict[str, object], number: int, indent: int | None
 ) -> None:
     assert RequestBody(json.dumps(body, indent=indent).encode()).num_answers == number
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"1e400", b'"\\ud800"', b"[" * 500 + b"]" * 500])
+def test_a_value_that_nobody_can_use_is_the_engine_s_to_refuse(value: bytes) -> None:
+    for extra in (b"", b',"x":NaN'):
+        body = RequestBody(b'{"model":"a","max_tokens":%b,"n":%b%b}' % (value, value, extra))
+        assert (body.model, body.max_tokens, body.num_answers) == ("a", None, 1)
+        assert json.loads(body.for_engine("b"))["model"] == "b"
+
+
+def test_prompts_that_cannot_be_counted_are_one() -> None:
+    assert RequestBody(b'{"prompt":["\\ud800","b"],"n":2}').num_answers == 2
+
+
+def test_numbers_that_are_wanted_have_a_bound() -> None:
+    body = RequestBody(b'{"max_tokens":18446744073709551615,"n":%b}' % (b"1" * 400))
+    assert (body.max_tokens, body.num_answers) == (2**31 - 1, 2**31 - 1)

@@ -27,7 +27,7 @@ class NoReplicaError(EngineError):
 
 @dataclass(slots=True)  # not frozen: it would take three times as long to make
 class Route:
-    """Which replica a request went to; nothing of it changes."""
+    """Which replica a request went to, and by whose choice; once it is given out nothing of it changes."""
 
     task: int
     model: int
@@ -36,6 +36,7 @@ class Route:
     arrived_at: float  # s, by the dispatcher's clock
     decision_s: float
     pinned: bool
+    policy: str  # that decided; "pinned": the client did
     predicted_ms_per_token: float | None = None  # by the batch sizes at the decision
 
 
@@ -123,10 +124,12 @@ class Dispatcher:
         try:
             for model, replica in out:
                 self._loads.set_up(model, replica, False)
-            return self._send(failed.task, failed.model, failed.arrived_at, failed.pinned)
+            route = self._send(failed.task, failed.model, failed.arrived_at, failed.pinned)
         finally:
             for model, replica in out:
                 self._loads.set_up(model, replica, True)
+        route.decision_s, route.policy = failed.decision_s, failed.policy
+        return route
 
     def end(self, route: Route) -> None:
         """Once for each route that began."""
@@ -169,7 +172,8 @@ class Dispatcher:
             predicted = self.forecast.latency_ms_per_token(
                 task, model, self._loads.in_flight[model][replica], self._loads.on_device(replica)
             )
-        return Route(task, model, replica, engine, arrived_at, decision_s, pinned, predicted)
+        policy = "pinned" if pinned else self.policy.name
+        return Route(task, model, replica, engine, arrived_at, decision_s, pinned, policy, predicted)
 
     def _open_model(self, chosen: int, pinned: bool) -> int:
         """Where a policy chose a model that is down, the next smaller one, which is faster; else a larger."""

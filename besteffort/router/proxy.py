@@ -247,7 +247,7 @@ class Exchange:
         if not self._begun:
             self._responder.reply(_identified(error_reply(status, message, code), self._asked.request_id))
         elif self._streams:
-            self._responder.write(error_event(message, code))
+            self._responder.write(b"\n\n" + error_event(message, code))  # it may be in the midst of an event
             self._responder.end()
         else:
             self._responder.break_off()  # half an answer must not look whole

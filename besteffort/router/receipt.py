@@ -28,11 +28,11 @@ class Outcome:
 class Receipts:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._made: dict[tuple[int, int, int, bool, str], bytes] = {}
+        self._made: dict[tuple[int, int, int, str], bytes] = {}
 
     def lines(self, route: Route, deadline_ms_per_token: float) -> bytes:
         """The headers of an answer, which say all that is known before it comes."""
-        key = (route.task, route.model, route.replica, route.pinned, self._dispatcher.policy.name)
+        key = (route.task, route.model, route.replica, route.policy)
         lines = self._made.get(key)
         if lines is None:
             facts = {name: value for name, value in self._facts(route).items() if value is not None}
@@ -86,7 +86,7 @@ class Receipts:
             "model": fleet.model_names[route.model],
             "replica": route.replica,
             "task": fleet.task_names[route.task],
-            "policy": "pinned" if route.pinned else self._dispatcher.policy.name,
+            "policy": route.policy,
             "utility_given_up": _rounded(given_up),
         }
 
