@@ -15,7 +15,7 @@ BENCH := .venv/.made-bench
 # What is locked stays as it is; machines with a GPU have another torch than the locked one.
 LOCKED = $(if $(shell nvidia-smi -L 2>/dev/null),,--constraints requirements.lock)
 
-.PHONY: help setup demo paper paper-train fidelity profile-gpu test lint bench-simulator bench-decision bench-router bench-training soak overload format lock clean
+.PHONY: help setup demo paper paper-train fidelity profile-gpu test lint bench-simulator bench-decision bench-router bench-training ablations soak overload format lock clean
 
 help: ## List the words.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -65,6 +65,9 @@ $(BENCH): $(SETUP)
 	@echo "Installing Stable-Baselines3"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(LOCKED) -r pyproject.toml --extra bench
 	@touch $@
+
+ablations: $(SETUP) ## Train without each part of the default recipe, three seeds each, and compare (40 minutes).
+	@$(BIN)/python -m tests.benchmarks.ablations
 
 bench-router: $(SETUP) ## Measure the router beside others, on mock engines: throughput, latency, CPU.
 	@$(BIN)/python -m tests.benchmarks.router

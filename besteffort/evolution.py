@@ -34,6 +34,11 @@ class _Evolution:
         self._generation = 0
 
     @property
+    def mean(self) -> NDArray[np.float64]:
+        """Where it looks now, shape `(n,)`."""
+        return self._mean
+
+    @property
     def step(self) -> float:
         """How far it looks around."""
         return self._step
@@ -69,6 +74,28 @@ class _Evolution:
         kept = (1 - self._rank_one - self._rank_many) * self._covariance
         many = (parents.T * self._weights) @ parents
         self._covariance = kept + self._rank_one * np.outer(self._path, self._path) + self._rank_many * many
+
+
+def settle(
+    worth: Callable[[NDArray[np.float64]], float],
+    start: NDArray[np.float64],
+    num_generations: int,
+    rng: np.random.Generator,
+    *,
+    step: float,
+) -> tuple[NDArray[np.float64], float]:
+    """Where the search settles, shape `(n,)`, and its worth; the start if that is worth more.
+
+    The best of many points that are tried on one sample owes a part of its worth to chance; the middle of
+    the good ones owes less.
+    """
+    if not len(start):
+        return start, worth(start)
+    evolution = _Evolution(start, step, rng)
+    for _ in range(num_generations):
+        evolution.tell(np.array([worth(point) for point in evolution.ask()]))
+    settled, before = worth(evolution.mean), worth(start)
+    return (evolution.mean, settled) if settled > before else (start, before)
 
 
 def maximise(

@@ -55,6 +55,17 @@ class Remembers(Protocol):
         """Take these arrivals, `(N,)` seconds by the clock of the observations, for the last ones; N > 0."""
 
 
+class HasQValues:
+    """A policy that goes by a network."""
+
+    _decider: Decider
+
+    @property
+    def q_values(self) -> NDArray[np.float32]:
+        """`(M,)` of the last choice, good until the next; -inf: the model was closed."""
+        return self._decider.q_values
+
+
 @dataclass(frozen=True)
 class Static:
     """One model for everything: the paper's baselines (Sec. 4.1)."""
@@ -162,7 +173,7 @@ class Thresholds:
             self._smoother.observe(float(rate_per_s))
 
 
-class Learned:
+class Learned(HasQValues):
     """The highest Q-value (paper, Sec. 3.2)."""
 
     def __init__(self, network: QNetwork, encoding: Encoding, name: str) -> None:
@@ -176,7 +187,7 @@ class Learned:
         return _highest(self._decider(), observation.closed)
 
 
-class LearnedOnFleet:
+class LearnedOnFleet(HasQValues):
     """The highest Q-value, by more than the paper's state."""
 
     def __init__(self, network: QNetwork, encoding: FleetEncoding, name: str) -> None:

@@ -55,13 +55,14 @@ class Decider:
         self._values = np.zeros(self._sizes.sum(), dtype=np.float32)
         self.inputs = self._values[: network.num_inputs]
         """(I,) to be written before each call"""
-        self._q_values = self._values[-network.num_outputs :]
+        self.q_values = self._values[-network.num_outputs :]
+        """(M,) of the last call"""
         self()
 
     def __call__(self) -> NDArray[np.float32]:
         """Q-values `(M,)` of `inputs`, good until the next call."""
         _feed(self._sizes, self._parameters, self._values)
-        return self._q_values
+        return self.q_values
 
 
 @njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -47,7 +47,7 @@ class Effort:
     num_requests_unpredictable: int = 4000
 
 
-def _after_a_burst(requests: Requests, faster: float) -> Requests:
+def after_a_burst(requests: Requests, faster: float) -> Requests:
     """The same requests, the first of them arriving `faster` times as fast."""
     gaps_s = np.diff(requests.arrived_at, prepend=0.0)
     gaps_s[: int(BURST_SHARE * len(requests))] /= faster
@@ -55,7 +55,7 @@ def _after_a_burst(requests: Requests, faster: float) -> Requests:
 
 
 @dataclass(frozen=True)
-class _Service:
+class ThresholdService:
     fleet: Fleet
     latency: Latency
     values: NDArray[np.float64]  # (T, M)
@@ -66,7 +66,7 @@ class _Service:
         """A steady workload after a burst for each of the paper's rates, and their tasks `(F, K)`."""
         rngs = np.random.default_rng(seed).spawn(len(rates))
         workloads = [
-            _after_a_burst(
+            after_a_burst(
                 stable(self.fleet, rng, float(rate), num_requests=num_requests),
                 float(np.clip(HIGHEST_PER_S / rate, 1.0, 2.0)),
             )
@@ -98,10 +98,10 @@ class _Service:
         return np.where(point < 0, -1.0, np.minimum(np.exp2(np.minimum(point, 60.0)) - 1, self.caps))
 
 
-class _Band:
+class Band:
     """The workloads of one band, and what a vector of thresholds reaches on them."""
 
-    def __init__(self, service: _Service, low: float, high: float, effort: Effort, seed: int) -> None:
+    def __init__(self, service: ThresholdService, low: float, high: float, effort: Effort, seed: int) -> None:
         self._service = service
         self.statics = service.statics
         rates = np.geomspace(low / OVERLAP, min(high * OVERLAP, HIGHEST_PER_S), effort.num_rates)
@@ -141,15 +141,15 @@ def tune_thresholds(
     effort, progress = effort or Effort(), progress or Silent()
     weights = np.array([task.weight for task in fleet.tasks])
     weights = weights / (weights @ np.array(fleet.task_shares))
-    service = _Service(fleet, latency, rewards.relative * weights[:, None])
+    service = ThresholdService(fleet, latency, rewards.relative * weights[:, None])
     edges = (LOWEST_PER_S, *EDGES_PER_S, HIGHEST_PER_S)
     num_bands = len(edges) - 1
     points: list[NDArray[np.float64]] = []
     reached = []
     with progress.bar("tune", 2 * num_bands) as bar:
         for band, (low, high) in enumerate(itertools.pairwise(edges)):
-            of_band = _Band(service, low, high, effort, seed=1_000_000 + 1000 * seed + 2 * band)
-            point, worth = _tune_band(of_band, points, effort, np.random.default_rng([seed, band]))
+            of_band = Band(service, low, high, effort, seed=1_000_000 + 1000 * seed + 2 * band)
+            point, worth = tune_band(of_band, points, effort, np.random.default_rng([seed, band]))
             points.append(point)
             reached.append(worth)
             bar.describe(f"{worth:.4f} at {low * fleet.rate_scale:g} to {high * fleet.rate_scale:g}/s")
@@ -166,8 +166,8 @@ def tune_thresholds(
     return Tuned(table, reached, before, worth)
 
 
-def _tune_band(
-    band: _Band, below: list[NDArray[np.float64]], effort: Effort, rng: np.random.Generator
+def tune_band(
+    band: Band, below: list[NDArray[np.float64]], effort: Effort, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], float]:
     """The best of several searches: from the band below, from the best static model, from the middle."""
     statics = band.statics
@@ -185,7 +185,7 @@ def _tune_band(
 class _Together:
     """All bands at once, on workloads whose rate is only estimated: stable ones and unpredictable ones."""
 
-    def __init__(self, service: _Service, effort: Effort, rng: np.random.Generator) -> None:
+    def __init__(self, service: ThresholdService, effort: Effort, rng: np.random.Generator) -> None:
         self._service, fleet = service, service.fleet
         stable_rng, *other_rngs = rng.spawn(1 + 2 * effort.num_unpredictable)
         edges = (LOWEST_PER_S, *EDGES_PER_S, HIGHEST_PER_S)

@@ -3,16 +3,22 @@
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import pytest
 
+from besteffort.engines.child import free_port
 from besteffort.engines.running import Engines, running_engines
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.progress import Silent
+from tests.fake_engine import wait_for
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -52,6 +58,41 @@ def tiny_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyEngin
     fleet = load_fleet(fleet_dir)
     with running_engines(fleet, fleet_dir, {}, Silent()) as engines:
         yield TinyEngines(fleet_dir, fleet, engines)
+
+
+@contextmanager
+def serving(tiny_engines: TinyEngines, policy: str = "round-robin") -> Iterator[str]:
+    """`besteffort serve` as its own process, attached to the engines that run; ends by SIGTERM."""
+    port = free_port()
+    words = ("serve", tiny_engines.fleet_dir, "--policy", policy, "--port", port)
+    command = [sys.executable, "-m", "besteffort", *map(str, words), *tiny_engines.engine_options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert f"http://127.0.0.1:{port}/v1" in process.stderr.readline()
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for(lambda: answers(url))
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+
+
+def answers(url: str) -> bool:
+    """Whether a router listens there; its engines may still be starting."""
+    try:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            client.models.list()
+        return True
+    except openai.APIConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def routed(tiny_engines: TinyEngines) -> Iterator[str]:
+    """Its URL: one router for all tests of a file."""
+    with serving(tiny_engines) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import uvloop
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
-from besteffort.router import Dispatcher, Limits, PolicySource, Settings, running_router
+from besteffort.router import DecisionLog, Dispatcher, Limits, PolicySource, Settings, running_router
 from besteffort.router.reload import Reload
 from tests.fake_engine import RawEngine, Script, wait_for
 
@@ -29,6 +29,7 @@ def routing(
     admin_listener: socket.socket | None = None,
     source: PolicySource | None = None,
     say: Callable[[str], None] = lambda line: None,
+    decision_log: DecisionLog | None = None,
 ) -> Iterator[str]:
     """Its URL, while it runs; what goes wrong in its event loop fails the test."""
     settings = settings or Settings()
@@ -42,7 +43,12 @@ def routing(
         loops[0].set_exception_handler(lambda _, context: faults.append(context))
         reload = None if source is None else Reload(dispatcher, source, say)
         async with running_router(
-            dispatcher, settings, listener, admin_listener=admin_listener, reload=reload
+            dispatcher,
+            settings,
+            listener,
+            admin_listener=admin_listener,
+            reload=reload,
+            decision_log=decision_log,
         ):
             started.set()
             await stop.wait()
@@ -100,12 +106,14 @@ class Door:
 
 
 @contextmanager
-def door(fleet: Fleet, script: Script, settings: Settings | None = None) -> Iterator[Door]:
+def door(
+    fleet: Fleet, script: Script, settings: Settings | None = None, source: PolicySource | None = None
+) -> Iterator[Door]:
     engine = RawEngine(script)
     replica = Engine(engine.url, "served")
     dispatcher = Dispatcher(fleet, RoundRobin(), ((replica, replica), (replica,)))
     try:
-        with routing(dispatcher, settings) as url:
+        with routing(dispatcher, settings, source=source) as url:
             yield Door(url, engine, dispatcher)
     finally:
         engine.close()

@@ -30,6 +30,7 @@ _EVENT = b'21\r\ndata: {"choices":[{"text":"a"}]}\n\n\r\n'
 _FROM_CLIENTS = (
     completion(b'{"model":"large","stream":true}'),
     completion(b'{"model":"besteffort"}') * 3,
+    completion(b'{"stream":true,"n":2}', b"x-besteffort-receipt: stream"),
     completion(b'{"model":"nobody"}'),
     b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{",
@@ -41,6 +42,7 @@ _FROM_ENGINES = (
     _STREAM,
     _EVENT,
     b"0\r\n\r\n",
+    b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n",
     b"HTTP/1.1 400 Bad\r\ncontent-length: 2\r\n\r\n{}",
     b"HTTP/1.1 200 OK\r\n\r\nuntil the end",
     b"garbage\r\n\r\n",
@@ -68,6 +70,9 @@ class _Transport:
 
     def resume_reading(self) -> None:
         self.reads = True
+
+    def is_closing(self) -> bool:
+        return not self.is_open
 
     def can_write_eof(self) -> bool:
         return True
@@ -121,6 +126,9 @@ class _Network:
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> "_Timer":
         self._timers.append(_Timer(self.now + delay_s, callback))
         return self._timers[-1]
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.later.append(callback)
 
     def tick(self) -> None:
         due = [timer for timer in self._timers if timer.due_at <= self.now]
@@ -197,9 +205,9 @@ async def play(fleet: Fleet, seed: int) -> dict[str, int]:
     watch = Watch(network)
     app = App(dispatcher, Settings(limits=limits), watch)
     for upstream in app.upstreams.values():
-        upstream.loop = network
+        upstream.loop = upstream.outbox.loop = network
     server = Server(app.public, limits, watch)
-    server.loop = network
+    server.loop = server.outbox.loop = network
     happening = events(network, server, choice)
     for _ in range(choice.randrange(5, 80)):
         next(happening)()
@@ -222,6 +230,8 @@ async def play(fleet: Fleet, seed: int) -> dict[str, int]:
     outcomes: dict[str, int] = {}
     for (_, _, outcome), count in app.metrics.requests.items():
         outcomes[outcome] = outcomes.get(outcome, 0) + count
+    outcomes["retries"] = app.metrics.num_retries
+    outcomes["turned away"] = sum(app.metrics.turned_away.values())
     for breaker in (breaker for of_model in app.health.breakers for breaker in of_model):
         for what, count in (("openings", breaker.num_openings), ("returns", breaker.num_probes["ok"])):
             outcomes[what] = outcomes.get(what, 0) + count
@@ -255,7 +265,8 @@ async def close(app: App, network: Any) -> None:
 
 @pytest.mark.parametrize("batch", range(4))
 def test_counts_end_at_zero_after_any_order_of_events(fleet: Fleet, batch: int) -> None:
-    totals = dict.fromkeys(("ok", "refused", "failed", "cancelled", "openings", "returns"), 0)
+    ways = ("ok", "refused", "failed", "cancelled", "retries", "turned away", "openings", "returns")
+    totals = dict.fromkeys(ways, 0)
     for seed in range(batch * 1000, batch * 1000 + 1000):
         for outcome, count in asyncio.run(play(fleet, seed)).items():
             totals[outcome] += count

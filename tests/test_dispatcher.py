@@ -191,10 +191,16 @@ def test_a_second_attempt_is_no_second_arrival_and_the_policy_does_not_see_it() 
     dispatcher = make(policy)
     first = dispatcher.begin(0)
     rate_per_s = dispatcher.arrival_rate_per_s
+    dispatcher.put_in_charge(Static(2, "other"))
     second = dispatcher.begin_again(first, {(0, 0)})
     third = dispatcher.begin_again(first, {(0, 0), (0, 1), (0, 2)})
     assert [(route.model, route.replica) for route in (second, third)] == [(0, 1), (1, 0)]
-    assert third.arrived_at == first.arrived_at
+    for route in (second, third):
+        assert (route.arrived_at, route.decision_s, route.policy) == (
+            first.arrived_at,
+            first.decision_s,
+            "turns",
+        )
     assert (len(policy.seen), dispatcher.arrival_rate_per_s) == (1, rate_per_s)
     with pytest.raises(NoReplicaError, match="of any model"):
         dispatcher.begin_again(first, REPLICAS)

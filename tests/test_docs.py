@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from besteffort.artifacts import outcomes_file, profile_file, rewards_file, thresholds_file
+from besteffort.artifacts import decisions_file, outcomes_file, profile_file, rewards_file, thresholds_file
 from besteffort.cli import app
 from besteffort.fleet import Architecture, EngineFlags, Fleet, Model, Task
 from besteffort.policies import BUILT_IN
@@ -65,7 +65,7 @@ def test_every_key_of_a_fleet_is_told(table: type) -> None:
 
 
 def test_every_column_of_a_file_is_told() -> None:
-    modules = (profile_file, rewards_file, thresholds_file, outcomes_file)
+    modules = (decisions_file, profile_file, rewards_file, thresholds_file, outcomes_file)
     for schema in (TRACE_SCHEMA, *(module.SCHEMA for module in modules)):
         for name in schema.names:
             assert f"`{name}`" in FILES, name

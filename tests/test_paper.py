@@ -16,7 +16,7 @@ from besteffort.errors import PolicyError, UsageError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.observation import Encoding, FleetEncoding
 from besteffort.paper import Effort, published
-from besteffort.paper.experiments import POLICY, Burst, Curves, Experiments, Sweep
+from besteffort.paper.experiments import HINDSIGHT, POLICY, Burst, Curves, Experiments, Sweep
 from besteffort.paper.findings import (
     availability_per_s,
     hardware_utility,
@@ -24,6 +24,7 @@ from besteffort.paper.findings import (
     riemann_sum,
     soft_increase,
     window_ratio,
+    window_verdict,
 )
 from besteffort.paper.routing import (
     Chooser,
@@ -35,6 +36,7 @@ from besteffort.paper.routing import (
     runs_of,
     serve_many,
 )
+from besteffort.paper.tables import bound_tables
 from besteffort.paper.variants import as_toml, doubled, variants, with_only
 from besteffort.policies import Greedy, Policy, Thresholds, learned
 from besteffort.progress import Silent
@@ -123,6 +125,9 @@ def test_the_numbers_of_every_experiment_are_finite(pages: Path) -> None:
     for name in ("unpredictable-1", "unpredictable-2"):
         ways = {way: np.array(of["performance"]) for way, of in plain["unpredictable"][name].items()}
         assert all(np.all(ways["hindsight"] >= reached - 1e-9) for reached in ways.values())
+        windows = {way: np.array(of["windows"]["0.96"]) for way, of in plain["unpredictable"][name].items()}
+        bounds = np.array(plain["most_windows"][name]["0.96"])
+        assert all(np.all(reached <= bounds) for reached in windows.values())
 
 
 def test_what_is_published_is_what_the_paper_prints() -> None:
@@ -207,6 +212,38 @@ def test_a_ratio_of_windows_is_over_all_seeds(fleet: Fleet) -> None:
     performance = {"a": np.array([[1.0] * 21, [0.0] * 21]), "b": np.array([[0.0] * 21, [1.0] * 20 + [0.0]])}
     burst = Burst(fleet, [], np.ones((2, 21)), performance, {})
     assert window_ratio(burst, "a", "b", "1.00") == 2.0
+
+
+def _bounded(fleet: Fleet, policy: int, plan: int, most: int) -> Burst:
+    """So many of the first trace's 100 windows; the largest model has 10. The second trace has none."""
+    performance = {}
+    for way, num_windows in {"static opt-6.7b": 10, POLICY: policy, HINDSIGHT: plan}.items():
+        performance[way] = np.zeros((2, 119))
+        performance[way][0, : num_windows + 19] = 1.0
+    bounds = {"0.96": np.array([most, 0])}
+    traces = [stable(fleet, np.random.default_rng(0), 1.0)] * 2
+    return Burst(fleet, traces, np.ones((2, 119)), performance, {}, bounds)
+
+
+@pytest.mark.parametrize(
+    ("policy", "plan", "most", "verdict", "said"),
+    [
+        (50, 30, 90, "reached", "The policy has the paper's 4.1x"),
+        (30, 50, 90, "possible", "are possible here"),
+        (20, 30, 40, "impossible", "impossible for any policy"),
+        (20, 30, 41, "unknown", "is not known"),
+    ],
+)
+def test_what_is_said_of_a_ratio_follows_from_the_bound(
+    titan: Service, policy: int, plan: int, most: int, verdict: str, said: str
+) -> None:
+    burst = _bounded(titan.fleet, policy, plan, most)
+    assert window_verdict(burst, "0.96", 4.1) == verdict
+    (table,) = bound_tables(burst, {"0.96": 4.1})
+    assert said in table.note
+    assert table.rows[0] == ["seed 0", "10", *(f"{n} ({n / 10:.2f}x)" for n in (policy, plan, most))]
+    assert table.rows[1][1:] == ["0"] + ["0 (–)"] * 3  # noqa: RUF001
+    assert table.rows[2][0] == "all"
 
 
 def test_a_task_without_requests_at_a_seed_is_left_out_of_the_mean() -> None:

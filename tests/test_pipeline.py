@@ -3,18 +3,17 @@
 The stages share one fleet and one folder; a later test uses what an earlier one made.
 """
 
-import asyncio
 import contextlib
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -23,11 +22,10 @@ import pytest
 
 from besteffort.artifacts.profile_file import load_latency, load_samples
 from besteffort.engines.child import free_port
-from besteffort.engines.client import complete, completion_body, open_session, random_prompt
 from besteffort.fleet import load_fleet
 from besteffort.profiling import plan_runs
 from besteffort.profiling.origin import vllm_version
-from tests.conftest import ROOT, SHARED_DATA, TinyEngines
+from tests.conftest import ROOT, SHARED_DATA, TinyEngines, answers, serving
 from tests.fake_engine import wait_for
 from tests.test_cli import TABLE_1, run
 
@@ -107,109 +105,24 @@ def test_the_first_300_requests_of_the_azure_code_trace_are_all_answered(
     assert summary["engine"] == json.loads(done.stdout)["engine"] == "vllm"
 
 
-@contextmanager
-def router(tiny_engines: TinyEngines, policy: str = "round-robin") -> Iterator[str]:
-    """`besteffort serve` as its own process, attached to the engines that run; ends by SIGTERM."""
-    port = free_port()
-    words = ("serve", tiny_engines.fleet_dir, "--policy", policy, "--port", port)
-    command = [sys.executable, "-m", "besteffort", *map(str, words), *tiny_engines.engine_options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert f"http://127.0.0.1:{port}/v1" in process.stderr.readline()
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for(lambda: _answers(url))
-            yield url
-        finally:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-
-
-def _answers(url: str) -> bool:
-    try:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            client.models.list()
-        return True
-    except openai.APIConnectionError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def routed(tiny_engines: TinyEngines) -> Iterator[str]:
-    with router(tiny_engines) as url:
-        yield url
-
-
-def test_the_openai_package_completes_and_streams(routed: str) -> None:
-    with openai.OpenAI(base_url=f"{routed}/v1", api_key="none", max_retries=0) as client:
-        asked = {"model": "besteffort/copa", "prompt": "The man turned on the faucet", "max_tokens": 6}
-        plain = client.completions.create(**asked)
-        assert plain.usage is not None
-        assert plain.usage.completion_tokens == 6
-        chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
-        assert chunks[-1].usage is not None
-        assert chunks[-1].usage.completion_tokens == 6
-        assert {chunk.model for chunk in chunks} < {"opt-3m", "opt-22m", "opt-90m"}
-
-
-def test_the_openai_package_chats_and_streams(routed: str) -> None:
-    with openai.OpenAI(base_url=f"{routed}/v1", api_key="none", max_retries=0) as client:
-        messages = [{"role": "user", "content": "Which way is up?"}]
-        asked = {"model": "opt-3m", "messages": messages, "max_completion_tokens": 5}
-        plain = client.chat.completions.create(**asked)
-        assert plain.model == "opt-3m"
-        assert plain.choices[0].message.content
-        streamed = [
-            chunk.choices[0].delta.content or ""
-            for chunk in client.chat.completions.create(**asked, stream=True)
-        ]
-        assert "".join(streamed)
-
-
-def test_the_openai_package_gets_its_own_error_classes(routed: str) -> None:
-    with openai.OpenAI(base_url=f"{routed}/v1", api_key="none", max_retries=0) as client:
-        with pytest.raises(openai.NotFoundError, match="gpt-4"):
-            client.completions.create(model="gpt-4", prompt="x")
-        with pytest.raises(openai.BadRequestError, match="max_tokens"):
-            client.completions.create(model="opt-3m", prompt="x", max_tokens=100_000)
-
-
-def test_vllm_bench_serve_runs_against_the_router(
-    routed: str, tiny_engines: TinyEngines, tmp_path: Path
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_ends_its_request_in_vllm(
+    routed: str, tiny_engines: TinyEngines, stream: bool
 ) -> None:
-    command = [Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend", "openai"]
-    command += ["--base-url", routed, "--model", "besteffort/piqa"]
-    command += ["--tokenizer", tiny_engines.fleet_dir / "models" / "opt-3m"]
-    command += ["--dataset-name", "random", "--random-input-len", 16, "--random-output-len", 8]
-    command += ["--num-prompts", 24, "--request-rate", 8, "--ignore-eos"]
-    command += ["--save-result", "--result-dir", tmp_path, "--result-filename", "bench.json"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "bench.json").read_text())
-    assert (result["completed"], result["failed"]) == (24, 0)
-    assert result["total_output_tokens"] == 24 * 8
+    vllm, num_tokens = tiny_engines.urls["opt-90m"][0], 480  # which take it 8 s at least
+    generated = _figure(vllm, "vllm:generation_tokens_total")
+    body = {"model": "opt-90m", "prompt": "x", "max_tokens": num_tokens, "ignore_eos": True, "stream": stream}
+    with contextlib.closing(http.client.HTTPConnection(urlsplit(routed).netloc, timeout=60)) as client:
+        client.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        wait_for(lambda: _figure(vllm, "vllm:num_requests_running") == 1, timeout_s=60)
+    wait_for(lambda: _figure(vllm, "vllm:num_requests_running") == 0, timeout_s=60)
+    assert _figure(vllm, "vllm:generation_tokens_total") - generated < num_tokens / 2
 
 
-def test_a_client_that_goes_away_leaves_nothing_running_in_vllm(
-    routed: str, tiny_engines: TinyEngines
-) -> None:
-    async def give_up() -> None:
-        import numpy as np
-
-        async with open_session(60) as session:
-            body = completion_body("opt-90m", random_prompt(16, np.random.default_rng(0)), 400)
-            await asyncio.wait_for(complete(session, routed, body), 1.0)
-
-    with pytest.raises(TimeoutError):
-        asyncio.run(give_up())
-    # 400 tokens would take it about 7 s.
-    wait_for(lambda: _num_running(tiny_engines.urls["opt-90m"][0]) == 0, timeout_s=5)
-
-
-def _num_running(url: str) -> float:
+def _figure(url: str, name: str) -> float:
     with openai.OpenAI(base_url=url, api_key="none") as client:
         lines = client.get("/metrics", cast_to=str).splitlines()
-    return float(next(x for x in lines if x.startswith("vllm:num_requests_running")).split()[-1])
+    return float(next(line for line in lines if line.startswith(name)).split()[-1])
 
 
 @pytest.fixture
@@ -240,7 +153,7 @@ def _descendants(process: subprocess.Popen[str], at_least: int) -> list[psutil.P
 def test_serve_starts_its_engines_and_ctrl_c_ends_everything(lone_fleet_dir: Path) -> None:
     port = free_port()
     with _starting(lone_fleet_dir, port) as process:
-        wait_for(lambda: _answers(f"http://127.0.0.1:{port}"), timeout_s=180)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}"), timeout_s=180)
         started = _descendants(process, 1)
         process.send_signal(signal.SIGINT)
         assert process.wait(40) == 0
@@ -252,7 +165,7 @@ def test_serve_starts_its_engines_and_ctrl_c_ends_everything(lone_fleet_dir: Pat
 def test_sigterm_with_a_stream_open_ends_the_router_in_order(
     tiny_engines: TinyEngines,
 ) -> None:
-    with router(tiny_engines, "static:opt-90m") as url:
+    with serving(tiny_engines, "static:opt-90m") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         asked = {"model": "besteffort", "prompt": "x", "max_tokens": 480, "stream": True}
         stream = iter(client.completions.create(**asked))
@@ -266,7 +179,7 @@ def test_sigterm_with_a_stream_open_ends_the_router_in_order(
 def test_kill_9_of_serve_leaves_no_engine_behind(lone_fleet_dir: Path) -> None:
     port = free_port()
     with _starting(lone_fleet_dir, port) as process:
-        wait_for(lambda: _answers(f"http://127.0.0.1:{port}"), timeout_s=180)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}"), timeout_s=180)
         started = _descendants(process, 1)
         process.kill()
     _, alive = psutil.wait_procs(started, timeout=90)

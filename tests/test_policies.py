@@ -123,7 +123,7 @@ def test_a_trained_policy_chooses_one_at_a_time_what_its_network_says_of_all(rea
 
 
 def _shipped() -> TrainedPolicy:
-    """The default recipe's, with its offsets behind gates of large weights."""
+    """Of the default recipe, with units behind gates of large weights."""
     return load_policy(TITAN / "policies" / "hard.safetensors", load_fleet(TITAN))
 
 

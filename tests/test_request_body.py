@@ -80,8 +80,51 @@ def test_the_engine_gets_one_model_whatever_the_client_hid_it_in(data: bytes, mo
         b"{}{}",
         b'\xef\xbb\xbf{"a":1}',
         b"{" * 10**6,
+        b'{"\\ud800":1}',
     ],
 )
 def test_what_is_no_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
         RequestBody(data)
+
+
+@pytest.mark.parametrize(
+    ("body", "number"),
+    [
+        ({}, 1),
+        ({"prompt": "x", "n": None}, 1),
+        ({"prompt": "x", "n": 3}, 3),
+        ({"prompt": [5, 6, 7]}, 1),  # one prompt, of tokens
+        ({"prompt": ["a", "b"]}, 2),
+        ({"prompt": [[5, 6], [7], [8]], "n": 2}, 6),
+        ({"prompt": []}, 1),
+        ({"prompt": {"a": 1}, "n": "2"}, 1),
+        ({"messages": [{"role": "user"}], "n": 2}, 2),
+        ({"n": 0}, 1),
+        ({"n": -2}, 1),
+        ({"n": 1.5}, 1),
+        ({"n": True}, 1),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_answers_are_counted_by_prompt_and_by_n(
+    body: dict[str, object], number: int, indent: int | None
+) -> None:
+    assert RequestBody(json.dumps(body, indent=indent).encode()).num_answers == number
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"1e400", b'"\\ud800"', b"[" * 500 + b"]" * 500])
+def test_a_value_that_nobody_can_use_is_the_engine_s_to_refuse(value: bytes) -> None:
+    for extra in (b"", b',"x":NaN'):
+        body = RequestBody(b'{"model":"a","max_tokens":%b,"n":%b%b}' % (value, value, extra))
+        assert (body.model, body.max_tokens, body.num_answers) == ("a", None, 1)
+        assert json.loads(body.for_engine("b"))["model"] == "b"
+
+
+def test_prompts_that_cannot_be_counted_are_one() -> None:
+    assert RequestBody(b'{"prompt":["\\ud800","b"],"n":2}').num_answers == 2
+
+
+def test_numbers_that_are_wanted_have_a_bound() -> None:
+    body = RequestBody(b'{"max_tokens":18446744073709551615,"n":%b}' % (b"1" * 400))
+    assert (body.max_tokens, body.num_answers) == (2**31 - 1, 2**31 - 1)

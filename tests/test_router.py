@@ -134,7 +134,7 @@ def test_json_nested_too_deep_to_parse_gets_a_400(served: Served) -> None:
     assert (status, json.loads(answer)["error"]["code"]) == (400, "invalid_json")
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff\xfe"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"\\ud800":1}'])
 def test_a_body_that_is_no_json_object_gets_a_400(served: Served, body: bytes) -> None:
     status, _, answer = served.post(body)
     assert (status, json.loads(answer)["error"]["code"]) == (400, "invalid_json")

@@ -1,6 +1,7 @@
 """`besteffort serve` as a process, in front of an engine that is only played."""
 
 import importlib.util
+import json
 import os
 import pty
 import re
@@ -216,6 +217,41 @@ def test_options_that_cannot_be_meant_are_refused(
     assert done.returncode == 2
     assert saying in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_replay_shows_a_running_router_its_key(fleet_dir: Path, engine: RawEngine, tmp_path: Path) -> None:
+    usage = b'data: {"choices":[],"usage":{"completion_tokens":2}}\n\n'
+    stream = _EVENT * 2 + usage + b"data: [DONE]\n\n"
+
+    def script(connection: socket.socket, number: int) -> None:
+        if number < 2:
+            vllm_like(connection, number)
+        else:
+            connection.sendall(_STREAM + b"%x\r\n%b\r\n0\r\n\r\n" % (len(stream), stream))
+
+    engine.script = script
+    (tmp_path / "rewards.csv").write_text("task,model,value\ncopa,only,0.9\n")
+    trace = tmp_path / "trace.parquet"
+    assert run("score", fleet_dir, "--given", tmp_path / "rewards.csv").returncode == 0
+    words = ("trace", "generate", "stable", fleet_dir, "-o", trace, "--seed", 1, "--rate", 20)
+    assert run(*words, "--num-requests", 20).returncode == 0
+    with serving(fleet_dir, BESTEFFORT_API_KEY="open-sesame") as (_, url, _):
+        replay = ("replay", trace, fleet_dir, "--url", url, "--json", "--name", "keyed")
+        for given, wrong in (((), "no key was given"), (("--api-key", "ajar"), "not the one")):
+            done = run(*replay, *given)
+            assert (done.returncode, wrong in done.stderr, "ajar" in done.stderr) == (2, True, False)
+        done = run(*replay, BESTEFFORT_API_KEY="open-sesame")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["answered"] == 20
+    for path in (fleet_dir / "replays" / "keyed").iterdir():
+        assert b"sesame" not in path.read_bytes()
+
+
+def run(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "besteffort", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **env}
+    )
 
 
 @pytest.mark.vllm

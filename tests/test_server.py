@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from besteffort.fleet import Fleet
-from besteffort.router import ApiKey, Limits, Settings
+from besteffort.policies import RoundRobin
+from besteffort.router import ApiKey, Limits, PolicySource, Settings
 from besteffort.stages.serve import tls_context
 from tests.fake_engine import plain_answer, wait_for
 from tests.routing import Door, completion, door, limited, read_all, read_response
@@ -29,7 +31,9 @@ def answer(connection: socket.socket, _: int) -> None:
 @pytest.fixture(scope="module")
 def plain(fleet: Fleet) -> Iterator[Door]:
     limits = {"max_body": 10_000, "max_url": 300, "max_headers": 20, "max_head": 4_000}
-    with door(fleet, answer, limited(**limits)) as one:
+    settings = replace(limited(**limits), admin_key=ApiKey("admin"))
+    source = PolicySource("round-robin", Path("/nowhere"), lambda name: RoundRobin())
+    with door(fleet, answer, settings, source) as one:
         yield one
 
 
@@ -99,7 +103,7 @@ _CHUNKS = b"11\r\n" + _BODY + b"\r\n0\r\n\r\n"
         (b"GET /he\0alth HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         (b"GET /he\xffalth HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         (b"CONNECT engine:80 HTTP/1.1\r\nhost: a\r\n\r\n", 501),
-        (b"TRACE /health HTTP/1.1\r\nhost: a\r\n\r\n", 501),
+        (b"TRACE /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", 405),
         (_GET + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n", 501),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
         (b"GET /health HTTP/2.0\r\nhost: a\r\n\r\n", 505),
@@ -217,7 +221,18 @@ def test_requests_are_understood_however_their_bytes_are_cut(plain: Door, places
 
 _WORDS = st.sampled_from(
     [
-        *(b"GET ", b"POST ", b"/health", b"/v1/completions", b"/v1/models/large", b" HTTP/1.1\r\n"),
+        *(
+            b"GET ",
+            b"POST ",
+            b"/health",
+            b"/v1/completions",
+            b"/v1/models/large",
+            b"/admin/policy",
+            b"Bearer admin\r\n",
+            b'{"policy":"random"}',
+            b"19\r\n",
+            b" HTTP/1.1\r\n",
+        ),
         b" HTTP/1.0\r\n",
         *(b"host: a\r\n", b"content-length: ", b"17\r\n", b"transfer-encoding: chunked\r\n", b"\r\n", b"\n"),
         *(

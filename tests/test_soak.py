@@ -23,7 +23,7 @@ def result() -> Soak:
 def test_of_thousands_of_requests_none_is_lost_and_all_are_counted_as_what_they_were(result: Soak) -> None:
     assert result.faults(MAX_GROWTH_MIB) == []
     assert result.sent.total() == 5000
-    assert min(result.sent[kind] for kind in SHARES) > 50
+    assert min(result.sent[kind] for kind in SHARES) > 20
     assert f"{5000:,}" in show(result)
 
 

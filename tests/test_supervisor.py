@@ -72,6 +72,25 @@ def test_what_lived_long_is_started_again_soon(tmp_path: Path) -> None:
     child.stop()
 
 
+def test_a_start_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "log"
+    child, told = Child("vLLM of big", _DIES, log, {}), Told()
+    supervisor = Supervisor(told)
+    supervisor.take([child], 0.0)
+    wait_for(lambda: dead(child))
+    supervisor.look(0.0)
+    log.unlink()
+    log.parent.rmdir()  # as good as a machine that is out of memory
+    supervisor.look(1.0)
+    assert "vLLM of big could not be started: " in told.lines[-1]
+    supervisor.look(1.0)
+    assert "in 2 s" in told.lines[-1]
+    log.parent.mkdir()
+    supervisor.look(3.0)
+    wait_for(lambda: log.read_text() == "up\n")
+    child.stop()
+
+
 def test_at_rest_it_starts_nobody_and_what_it_started_goes_with_the_rest(tmp_path: Path) -> None:
     child, told = Child("sleeper", _LIVES, tmp_path / "log", {}), Told()
     supervisor = Supervisor(told)

@@ -145,7 +145,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_event(fleet: Fleet, rest: b
         response, body = one.ask(_REQUEST)
         assert response.status == 200
         assert body.startswith(_EVENT * 2)
-        last = body.rstrip().rpartition(b"\n\n")[2] if rest != b"5\r\nabc" else body.rpartition(b"data: ")[2]
+        last = body.rstrip().rpartition(b"\n\n")[2]  # by itself, even if half an event came before
         assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_failed"
         one.settled()
 
@@ -395,7 +395,7 @@ def test_counts_end_at_zero_after_any_mixture_of_ends(fleet: Fleet) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(one.engine.requests) > 500
+        assert len(one.engine.requests) > 200
         # The last clients are gone, but the router may not have read yet what they sent.
         wait_for(lambda: nothing_in_flight(metrics_of(one)))
         outcomes = [line for line in metrics_of(one) if line.startswith("besteffort_requests_total")]

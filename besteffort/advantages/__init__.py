@@ -1,4 +1,4 @@
-"""Policy iteration on measured advantages: how `train` learns by default (docs/training.md).
+"""Policy iteration on measured advantages: the recipe `advantages` (docs/training.md).
 
 The simulator is so fast that the worth of a decision need not be estimated by bootstrapping: at states
 that the policy comes to, each model is tried under the same future arrivals, for longer than a request

@@ -1,4 +1,4 @@
-"""What is free in the default training, and the values it has by default."""
+"""What is free in the recipe `advantages`, and the values it has."""
 
 from dataclasses import dataclass, replace
 
@@ -61,7 +61,7 @@ class AdvantageRecipe(BaseRecipe):
 
 
 ADVANTAGE_RECIPES = {
-    "default": AdvantageRecipe(num_rounds=7),
+    "advantages": AdvantageRecipe(num_rounds=7),
     "demo": AdvantageRecipe(
         num_rounds=6,
         num_workloads=120,

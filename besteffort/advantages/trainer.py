@@ -12,7 +12,6 @@ from torch import Tensor
 from besteffort.advantages.fitting import Fitter
 from besteffort.advantages.recipe import AdvantageRecipe
 from besteffort.advantages.sampling import Measured, Sampler, fleet_encoding_for, join
-from besteffort.advantages.trials import Trials
 from besteffort.environment import Service
 from besteffort.evolution import maximise
 from besteffort.observation import FleetEncoding
@@ -30,10 +29,8 @@ from besteffort.training.torch_network import (
     torch_threads,
 )
 from besteffort.training.trace_parts import TracePart
+from besteffort.training.trials import EVALUATION_SEED, Trials
 from besteffort.training.workloads import TrainingWorkloads
-
-# A seed that no training draws from, and no table of results may use: the best network is chosen by it.
-EVALUATION_SEED = 2**31
 
 
 @dataclass
@@ -140,7 +137,7 @@ class AdvantageTrainer:
 
     def _trials(self, parts: Sequence[TracePart], num_requests: int, seed: list[int]) -> Trials:
         rng, num_threads = np.random.default_rng(seed), self._recipe.num_threads
-        return Trials(self._sampler, self._workloads, parts, num_requests, num_threads, rng)
+        return Trials(self._sampler.branching_on, self._workloads, parts, num_requests, num_threads, rng)
 
     def _evaluate(self, network: QNetwork) -> None:
         self.training.judge(network, self._evaluation.evaluate(network, self.training.iteration))

@@ -57,8 +57,15 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def parts(folder: Path) -> list[Path]:
+    """The Parquet files in a folder, by name."""
+    return sorted(folder.glob("*.parquet"))
+
+
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, by which a policy knows its inputs again."""
+    """Hex digest of a file's bytes, or of all Parquet files in a folder, by which inputs are known again."""
+    if path.is_dir():
+        return hashlib.sha256("".join(sha256(part) for part in parts(path)).encode()).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

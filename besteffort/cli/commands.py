@@ -242,6 +242,15 @@ def replay(
     url: Annotated[
         str | None, typer.Option(help="A besteffort router that runs already, and has its own policy.")
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="BESTEFFORT_API_KEY",
+            help="That router's. Better in the environment: others can see a command line.",
+            show_envvar=True,
+        ),
+    ] = None,
     engine: Engine = None,
     profile: Profile = None,
     rewards: Rewards = None,
@@ -281,6 +290,7 @@ def replay(
         rewards=rewards or fleet_dir / "rewards.parquet",
         simulated=simulate,
         url=url,
+        api_key=api_key or None,
         attached=parse_engines(engine),
         name=name,
         seed=seed,

@@ -66,6 +66,11 @@ def serve(
         ),
     ] = None,
     admin_host: Annotated[str, typer.Option(help="The address for --admin-port.")] = "127.0.0.1",
+    decision_log: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write what was seen, chosen and came of it here, as Parquet."),
+    ] = None,
+    decision_log_every_s: Annotated[float, _seconds("... a new file this often.")] = 60.0,
     ssl_certfile: Annotated[Path | None, typer.Option(metavar="FILE", help="Serve HTTPS by it.")] = None,
     ssl_keyfile: Annotated[
         Path | None,
@@ -135,6 +140,8 @@ def serve(
         progress=ConsoleProgress(),
         admin_host=admin_host,
         admin_port=admin_port,
+        decision_log=decision_log,
+        decision_log_every_s=decision_log_every_s,
     )
 
 

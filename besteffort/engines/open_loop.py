@@ -75,6 +75,7 @@ async def send_open_loop(
     url: str,
     ledger: Ledger,
     *,
+    api_key: str | None = None,
     timeout_s: float,
     rng: np.random.Generator,
     bar: Bar,
@@ -87,7 +88,8 @@ async def send_open_loop(
         completion_body("besteffort", random_prompt(int(num_prompt), rng), int(num_output))
         for num_prompt, num_output in zip(requests.num_prompt_tokens, requests.num_output_tokens, strict=True)
     ]
-    headers = [{"x-besteffort-task": fleet.task_names[task]} for task in requests.task]
+    key = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    headers = [{"x-besteffort-task": fleet.task_names[task], **key} for task in requests.task]
     async with open_session(timeout_s) as session, asyncio.TaskGroup() as group:
         began_at = time.perf_counter() + _LEAD_S
         for row, arrived_at in enumerate(requests.arrived_at):

@@ -55,7 +55,14 @@ class Supervisor:
                 self._examine(ward, now_at)
             elif ward.start_at <= now_at:
                 ward.started_at, ward.start_at = now_at, None
-                ward.child.start_again()
+                self._start(ward.child)
+
+    def _start(self, child: Child) -> None:
+        """A machine that is out of memory or processes counts as another death of it."""
+        try:
+            child.start_again()
+        except OSError as error:
+            self._progress.say(f"warning: {child.title} could not be started: {error}")
 
     def _examine(self, ward: _Ward, now_at: float) -> None:
         status = ward.child.exit_status

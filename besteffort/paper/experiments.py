@@ -4,7 +4,7 @@ Every router sees the same arrivals. A *way* is one of them by name: `policy` is
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,12 @@ from besteffort.paper.routing import (
 )
 from besteffort.paper.variants import DEADLINES, HARD, SOFT, doubled, variants, with_only
 from besteffort.progress import Bar, Progress
+from besteffort.report.summary import WINDOW_SIZE
 from besteffort.request import Requests
 from besteffort.rewards import Rewards
 from besteffort.simulator import simulate_choices
 from besteffort.thresholds import ThresholdTable
+from besteffort.window_bound import window_bound
 from besteffort.workload import STABLE_DURATION_S, generate_workload, stable
 
 POLICY, GREEDY, THRESHOLDS, HINDSIGHT = "policy", "greedy", "thresholds", "hindsight"
@@ -80,6 +82,8 @@ class Burst:
     rates_per_s: NDArray[np.float64]  # (S, K) as estimated
     performance: Mapping[str, NDArray[np.float64]]  # (S, K) by way
     model: Mapping[str, NDArray[np.int64]]  # (S, K) by way
+    # (S,) by threshold: windows that reach it, at most, under any policy
+    most_windows: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -268,7 +272,7 @@ def _joined(points: Sequence[Curves], axis: int = 1) -> Curves:
 def _with_hindsight(
     experiments: Experiments, inputs: Inputs, effort: Effort, progress: Progress
 ) -> Experiments:
-    """With the best plan that a search finds which knows the whole trace, as one more way."""
+    """With the best plan that a search which knows the whole trace finds as one more way, and with bounds."""
     num_searches = sum(len(burst.traces) for burst in experiments.unpredictable.values())
     with progress.bar("Searching in hindsight", num_searches) as bar:
         bursts = {
@@ -293,7 +297,24 @@ def _planned(name: str, burst: Burst, inputs: Inputs, budget_s: float, bar: Bar)
         burst,
         performance={**burst.performance, HINDSIGHT: np.stack(worth)},
         model={**burst.model, HINDSIGHT: np.stack(plans)},
+        most_windows={published.TOLD_THRESHOLD: _most_windows(burst, inputs)},
     )
+
+
+def _most_windows(burst: Burst, inputs: Inputs) -> NDArray[np.int64]:
+    """At the threshold that the paper's text is about, for each seed."""
+    bounds = [
+        window_bound(
+            trace,
+            burst.fleet,
+            inputs.latency,
+            inputs.rewards,
+            threshold=float(published.TOLD_THRESHOLD),
+            window_size=WINDOW_SIZE,
+        )
+        for trace in burst.traces
+    ]
+    return np.array(bounds, dtype=np.int64)
 
 
 def _best_plan(burst: Burst, seed: int, inputs: Inputs, budget_s: float) -> NDArray[np.int64]:

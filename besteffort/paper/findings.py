@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,25 @@ def window_ratio(burst: Burst, way: str, other: str, threshold: str) -> float:
     """How many times as many windows `way` has, over all seeds; NaN if the other has none."""
     ours, theirs = (window_counts(burst, name)[threshold].values.sum() for name in (way, other))
     return float(_ratio(np.array(ours), np.array(theirs)))
+
+
+def most_windows_ratio(burst: Burst, other: str, threshold: str) -> float:
+    """How many times as many windows as another way any policy could have at most; NaN if that has none."""
+    theirs = window_counts(burst, other)[threshold].values.sum()
+    return float(_ratio(np.array(float(burst.most_windows[threshold].sum())), np.array(theirs)))
+
+
+Verdict = Literal["reached", "possible", "impossible", "unknown"]
+
+
+def window_verdict(burst: Burst, threshold: str, wanted: float) -> Verdict:
+    """Whether the policy has so many times the windows of the largest model; if not, whether any can."""
+    large = static_name(burst.fleet, -1)
+    if window_ratio(burst, POLICY, large, threshold) >= wanted:
+        return "reached"
+    if max(window_ratio(burst, way, large, threshold) for way in burst.performance) >= wanted:
+        return "possible"
+    return "impossible" if most_windows_ratio(burst, large, threshold) < wanted else "unknown"
 
 
 @dataclass(frozen=True)
@@ -144,6 +164,10 @@ def as_plain(experiments: Experiments) -> dict[str, object]:
     return {
         "stable": {name: _plain_sweep(sweep) for name, sweep in sweeps.items()},
         "unpredictable": {name: _plain_burst(burst) for name, burst in bursts.items()},
+        "most_windows": {
+            name: {threshold: bound.tolist() for threshold, bound in burst.most_windows.items()}
+            for name, burst in bursts.items()
+        },
     }
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from besteffort.fleet import Fleet
 from besteffort.paper import published
 from besteffort.paper.experiments import (
@@ -18,13 +20,16 @@ from besteffort.paper.experiments import (
 )
 from besteffort.paper.findings import (
     Spread,
+    Verdict,
     availability_per_s,
     hardware_utility,
     largest_shortfall,
+    most_windows_ratio,
     regret,
     soft_increase,
     window_counts,
     window_ratio,
+    window_verdict,
 )
 from besteffort.rewards import Rewards
 
@@ -36,6 +41,7 @@ class Table:
     title: str
     headers: list[str]
     rows: list[list[str]]
+    note: str = ""  # what follows from it
     wide: bool = False  # cells hold text and may be folded
     given: bool = False  # what is ours in it was given, not simulated
 
@@ -51,6 +57,7 @@ class Part:
 def make_parts(experiments: Experiments, fleet: Fleet, rewards: Rewards) -> list[Part]:
     """In the order of the paper, the summary first."""
     e = experiments
+    bursts = e.unpredictable["unpredictable-1"], e.unpredictable["unpredictable-2"]
     return [
         Part("In short", _IN_SHORT, (), (summary_table(e),)),
         Part("Rewards", _REWARDS, (), (rewards_table(fleet, rewards),)),
@@ -58,9 +65,11 @@ def make_parts(experiments: Experiments, fleet: Fleet, rewards: Rewards) -> list
         Part("Stable workload, soft deadlines (Sec. 4.3.2)", _SOFT, (4, 5),
              (rates_table(e.soft, _TITLE_4), soft_table(e))),
         Part("Unpredictable workload 1 (Sec. 4.4)", _UNPREDICTABLE_1, (6,),
-             windows_tables(2, e.unpredictable["unpredictable-1"], published.TABLE_2)),
+             (*windows_tables(2, bursts[0], published.TABLE_2),
+              *bound_tables(bursts[0], published.RATIOS_1))),
         Part("Unpredictable workload 2 (App. C)", _UNPREDICTABLE_2, (7,),
-             windows_tables(3, e.unpredictable["unpredictable-2"], published.TABLE_3)),
+             (*windows_tables(3, bursts[1], published.TABLE_3),
+              *bound_tables(bursts[1], published.RATIOS_2))),
         Part("Different deadlines (App. D)", _DEADLINES, (8, 9), (rates_table(e.deadlines, _TITLE_8),)),
         Part("Each task alone (App. E)", _ALONE, (10, 11)),
         Part("HellaSwag and COPA only, soft deadlines (App. E)", _TWO_TASKS, (12,),
@@ -96,6 +105,21 @@ _UNPREDICTABLE_1 = (
     "performance, as every router here does, and not for many windows past a threshold."
 )
 _UNPREDICTABLE_2 = "Equal expected requests at each rate: mostly far above what OPT-6.7B can serve."
+_AT_MOST = (
+    "The last column is a bound by linear programming: for a policy that knows the whole trace, for which "
+    "the smaller models are free and always in time, and that only the largest model's capacity limits. "
+)
+_VERDICTS: Mapping[Verdict, str] = {
+    "reached": _AT_MOST + "The policy has the paper's {ratio:g}x here.",
+    "possible": _AT_MOST + "The paper's {ratio:g}x are possible here, as a plan that knows the trace shows; "
+    "the policy does not have them.",
+    "impossible": _AT_MOST + "It is below the paper's {ratio:g}x: on this modelled fleet they are impossible "
+    "for any policy.",
+    "unknown": _AT_MOST
+    + "The paper's {ratio:g}x lie above what was reached and below the bound: whether any "
+    "policy can have them on this modelled fleet is not known. The plan aims at the mean performance, not at "
+    "windows.",
+}
 _DEADLINES = (
     "OpenBookQA has twice the time (80 ms per token), COPA 20 % less (32 ms), with a policy trained for "
     "them. The caption of the paper's Figure 8 is that of another figure; its text says what is shown "
@@ -163,6 +187,26 @@ def windows_tables(
     means = [[way, _spread(Spread(values.mean(axis=1)), 4)] for way, values in burst.performance.items()]
     mean_title = f"Table {number}, continued (not in the paper): mean performance of all requests"
     return Table(title, headers, rows), Table(mean_title, ["router", "here"], means)
+
+
+def bound_tables(burst: Burst, ratios: Mapping[str, float]) -> tuple[Table, ...]:
+    """Windows of each seed: what is reached, and what no policy can exceed; nothing without a bound."""
+    if not burst.most_windows:
+        return ()
+    threshold = published.TOLD_THRESHOLD
+    large = static_name(burst.fleet, -1)
+    ways = {way: window_counts(burst, way)[threshold].values for way in (large, POLICY, HINDSIGHT)}
+    columns = [*ways.values(), burst.most_windows[threshold].astype(np.float64)]
+    totals = np.array([[*column, column.sum()] for column in columns]).T
+    names = [f"seed {seed}" for seed in range(len(burst.traces))] + ["all"]
+    rows = [
+        [name, f"{counts[0]:,.0f}", *(_times_as_many(count, counts[0]) for count in counts[1:])]
+        for name, counts in zip(names, totals.tolist(), strict=True)
+    ]
+    headers = ["trace", large, POLICY, "the plan found in hindsight", "any policy, at most"]
+    title = f"Windows at ≥ {threshold} (not in the paper), and how many times those of {large}"
+    note = _VERDICTS[window_verdict(burst, threshold, ratios[threshold])]
+    return (Table(title, headers, rows, note=note.format(ratio=ratios[threshold])),)
 
 
 def soft_table(experiments: Experiments) -> Table:
@@ -245,6 +289,10 @@ def _own_rows(experiments: Experiments) -> list[list[str]]:
             large = static_name(burst.fleet, -1)
             what = f"{name}: windows at ≥ 0.96, the plan found in hindsight over {large}"
             rows.append([what, NOTHING, _ratio(window_ratio(burst, HINDSIGHT, large, "0.96"))])
+        for threshold in burst.most_windows:
+            large = static_name(burst.fleet, -1)
+            what = f"{name}: windows at ≥ {threshold}, a bound from above for any policy, over {large}"
+            rows.append([what, NOTHING, _ratio(most_windows_ratio(burst, large, threshold))])
     return rows
 
 
@@ -262,6 +310,11 @@ def _counts(spread: Spread) -> str:
 
 def _times(spread: Spread) -> str:
     return f"{_spread(spread, 2)}x" if math.isfinite(spread.mean) else NOTHING
+
+
+def _times_as_many(count: float, reference: float) -> str:
+    ratio = count / reference if reference else math.nan
+    return f"{count:,.0f} ({_ratio(ratio)})"
 
 
 def _ratio(value: float) -> str:

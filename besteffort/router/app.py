@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from importlib import resources
 from urllib.parse import unquote
 
 import numpy as np
@@ -10,12 +11,14 @@ import numpy as np
 from besteffort.router.addressing import model_ids
 from besteffort.router.admin import Admin
 from besteffort.router.api_key import ApiKey
+from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
 from besteffort.router.endpoints import Endpoint, Endpoints, get
 from besteffort.router.health import Health
 from besteffort.router.message import Reply, Request, Responder
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_reply
+from besteffort.router.outbox import Outbox
 from besteffort.router.proxy import Proxy
 from besteffort.router.reload import Reload
 from besteffort.router.settings import Settings
@@ -40,11 +43,13 @@ class App:
         *,
         reload: Reload | None = None,
         admin_apart: bool = False,
+        decision_log: DecisionLog | None = None,
         rng: np.random.Generator | None = None,
     ) -> None:
         loop, limits = asyncio.get_running_loop(), settings.limits
         engines = {engine for of_model in dispatcher.engines for engine in of_model}
-        self.upstreams = {engine: Upstream(engine.url, limits, watch, loop) for engine in engines}
+        outbox = Outbox(loop)
+        self.upstreams = {engine: Upstream(engine.url, limits, watch, loop, outbox) for engine in engines}
         self.health = Health(dispatcher, self.upstreams, rng or np.random.default_rng())
         self.metrics = Metrics(dispatcher, self.health)
         self.proxy = Proxy(
@@ -54,14 +59,21 @@ class App:
             self.metrics,
             limits,
             forward_authorization=settings.forward_authorization,
+            decision_log=decision_log,
         )
         self._dispatcher = dispatcher
         began_at = int(time.time())  # s since the epoch, which OpenAI's schema wants of each model
         about = {"object": "model", "created": began_at, "owned_by": "besteffort"}
         self._models = {name: {"id": name, **about} for name in model_ids(dispatcher.fleet)}
-        if reload is not None:
-            self.metrics.add(reload)
-        health = {b"/health": get(self._say_health)}
+        dispatcher.keeps_decisions = decision_log is not None
+        for collector in (reload, decision_log):
+            if collector is not None:
+                self.metrics.add(collector)
+        api = Reply(200, resources.files("besteffort.router").joinpath("openapi.json").read_bytes())
+        health = {
+            b"/health": get(self._say_health),
+            b"/openapi.json": get(lambda request, responder: responder.reply(api)),
+        }
         for_clients = health | self._for_clients(settings.api_key)
         for_us = health | self._for_us(settings, reload)
         self.inner = Endpoints(for_us, settings.admin_key) if admin_apart else None

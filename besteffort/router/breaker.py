@@ -41,6 +41,7 @@ class Breaker:
         self._timer: asyncio.TimerHandle | None = None
         self._probe: Probe | None = None
         self.state = State.CLOSED
+        self.asks_at = 0.0  # s, by the event loop's clock; while it is open
         self.num_openings = 0
         self.num_probes = {"ok": 0, "failed": 0}
 
@@ -75,7 +76,9 @@ class Breaker:
         self._num_waits = min(self._num_waits + 1, _MAX_DOUBLINGS)
         self.state = State.OPEN
         # Routers that saw one engine fail together must not ask it together.
-        self._timer = self._upstream.loop.call_later(longest_s * self._rng.uniform(0.5, 1.0), self._ask)
+        wait_s = longest_s * self._rng.uniform(0.5, 1.0)
+        self.asks_at = self._upstream.loop.time() + wait_s
+        self._timer = self._upstream.loop.call_later(wait_s, self._ask)
 
     def _ask(self) -> None:
         self._timer = None

@@ -10,7 +10,6 @@ from typing import Protocol, cast
 
 from besteffort.router.limits import Limits
 from besteffort.router.message import (
-    SMALL,
     Handler,
     Job,
     Refusal,
@@ -21,6 +20,7 @@ from besteffort.router.message import (
     status_line,
 )
 from besteffort.router.openai_errors import error_reply
+from besteffort.router.outbox import Outbox
 from besteffort.router.request_reader import Budget, RequestReader
 from besteffort.router.watch import Watch
 
@@ -39,6 +39,7 @@ class House(Protocol):
     watch: Watch
     budget: Budget
     loop: asyncio.AbstractEventLoop
+    outbox: Outbox
     connections: "set[ClientConnection]"
     draining: bool
 
@@ -95,6 +96,7 @@ class ClientConnection(asyncio.Protocol):
         self._work()
 
     def eof_received(self) -> bool:
+        self._house.outbox.flush()  # it may have asked all that it wants, and is answered
         self._abandon()
         self._due_in(self._limits.send_s)
         return False  # close
@@ -166,7 +168,7 @@ class ClientConnection(asyncio.Protocol):
                 self._read(data)
             elif self._owes_continue:
                 self._owes_continue = False
-                self._transport.write(_CONTINUE)
+                self._house.outbox.send(self._transport, (_CONTINUE,))
             else:
                 break
 
@@ -253,14 +255,9 @@ class ClientConnection(asyncio.Protocol):
             self._out.append(data)
 
     def flush(self) -> None:
-        out = self._out
-        if not out:
-            return
-        self._out = []
-        if sum(map(len, out)) <= SMALL:
-            self._transport.write(b"".join(out))
-        else:
-            self._transport.writelines(out)
+        if self._out:
+            out, self._out = self._out, []
+            self._house.outbox.send(self._transport, out)
 
     def end(self) -> None:
         if self._chunked:
@@ -271,6 +268,7 @@ class ClientConnection(asyncio.Protocol):
     def break_off(self) -> None:
         self._job = None
         self._closing = True
+        self._house.outbox.flush()
         # A reset, since an ordinary end would be the end of a body that has no length.
         own_socket = self._transport.get_extra_info("socket")
         own_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -284,6 +282,7 @@ class ClientConnection(asyncio.Protocol):
             self._close()
 
     def abort(self) -> None:
+        self._house.outbox.flush()
         self._transport.abort()
 
     def _refuse(self, reply: Reply) -> None:
@@ -294,6 +293,7 @@ class ClientConnection(asyncio.Protocol):
         if self._transport.can_write_eof():
             self._due_in(_LINGER_S)
             self._transport.resume_reading()
+            self._house.outbox.flush()
             self._transport.write_eof()
         else:
             self._close()
@@ -301,6 +301,7 @@ class ClientConnection(asyncio.Protocol):
     def _close(self) -> None:
         self._closing = True
         self._due_in(self._limits.send_s)
+        self._house.outbox.flush()
         self._transport.close()
 
     def _whole(self, reply: Reply, request: Request | None) -> list[bytes]:

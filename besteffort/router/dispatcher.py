@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from besteffort.arrivals import ArrivalRateEstimator
 from besteffort.engines.running import Engine, Engines
 from besteffort.errors import EngineError
 from besteffort.fleet import Fleet
 from besteffort.observation import Observation
-from besteffort.policies import Policy, Remembers
+from besteffort.policies import HasQValues, Policy, Remembers
+from besteffort.router.forecast import Forecast
 from besteffort.router.loads import Loads
 
 _NUM_REMEMBERED = 32_768  # arrivals, for a policy that is put in charge while requests come
@@ -25,7 +27,7 @@ class NoReplicaError(EngineError):
 
 @dataclass(slots=True)  # not frozen: it would take three times as long to make
 class Route:
-    """Which replica a request went to; nothing of it changes."""
+    """Which replica a request went to, and by whose choice; once it is given out nothing of it changes."""
 
     task: int
     model: int
@@ -34,6 +36,18 @@ class Route:
     arrived_at: float  # s, by the dispatcher's clock
     decision_s: float
     pinned: bool
+    policy: str  # that decided; "pinned": the client did
+    predicted_ms_per_token: float | None = None  # by the batch sizes at the decision
+
+
+@dataclass(slots=True)
+class Decision:
+    """What a policy saw, and what it made of it."""
+
+    observation: Observation
+    chosen: int
+    policy: str
+    q_values: NDArray[np.float32] | None  # (M,)
 
 
 class Dispatcher:
@@ -48,12 +62,17 @@ class Dispatcher:
         policy: Policy,
         engines: Engines,
         clock: Callable[[], float] = time.perf_counter,
+        forecast: Forecast | None = None,
     ) -> None:
         self.fleet = fleet
         self.policy = policy
         self.engines = engines
         self.clock = clock
+        self.forecast = forecast
         self.arrival_rate_per_s = 0.0
+        self.keeps_decisions = False
+        self.decision: Decision | None = None
+        """The last one, if they are kept; None where the client chose"""
         self._estimator = ArrivalRateEstimator()
         self._arrivals = deque[float](maxlen=_NUM_REMEMBERED)
         self._loads = Loads([len(of_model) for of_model in engines], fleet.num_devices)
@@ -83,7 +102,13 @@ class Dispatcher:
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
         self._arrivals.append(arrived_at)
-        chosen = self.policy.choose(self._observe(task, arrived_at)) if pinned is None else pinned
+        if pinned is None:
+            seen = self._observe(task, arrived_at)
+            chosen = self.policy.choose(seen)
+            if self.keeps_decisions:
+                self.decision = self._decision(seen, chosen)
+        else:
+            chosen, self.decision = pinned, None
         return self._send(task, chosen, arrived_at, pinned is not None)
 
     def begin_again(self, failed: Route, tried: Collection[tuple[int, int]]) -> Route:
@@ -99,10 +124,12 @@ class Dispatcher:
         try:
             for model, replica in out:
                 self._loads.set_up(model, replica, False)
-            return self._send(failed.task, failed.model, failed.arrived_at, failed.pinned)
+            route = self._send(failed.task, failed.model, failed.arrived_at, failed.pinned)
         finally:
             for model, replica in out:
                 self._loads.set_up(model, replica, True)
+        route.decision_s, route.policy = failed.decision_s, failed.policy
+        return route
 
     def end(self, route: Route) -> None:
         """Once for each route that began."""
@@ -117,6 +144,11 @@ class Dispatcher:
         if isinstance(policy, Remembers) and self._arrivals:
             policy.remember(np.array(self._arrivals))
         self.policy = policy
+
+    def _decision(self, seen: Observation, chosen: int) -> Decision:
+        policy = self.policy
+        q_values = policy.q_values.copy() if isinstance(policy, HasQValues) else None
+        return Decision(seen, chosen, policy.name, q_values)
 
     def _observe(self, task: int, arrived_at: float) -> Observation:
         loads = self._loads
@@ -134,7 +166,14 @@ class Dispatcher:
         replica = self._loads.least(model)
         self._loads.add(model, replica, 1)
         engine = self.engines[model][replica]
-        return Route(task, model, replica, engine, arrived_at, self.clock() - arrived_at, pinned)
+        decision_s = self.clock() - arrived_at
+        predicted = None
+        if self.forecast is not None:
+            predicted = self.forecast.latency_ms_per_token(
+                task, model, self._loads.in_flight[model][replica], self._loads.on_device(replica)
+            )
+        policy = "pinned" if pinned else self.policy.name
+        return Route(task, model, replica, engine, arrived_at, decision_s, pinned, policy, predicted)
 
     def _open_model(self, chosen: int, pinned: bool) -> int:
         """Where a policy chose a model that is down, the next smaller one, which is faster; else a larger."""

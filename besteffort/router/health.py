@@ -1,6 +1,7 @@
 """How the fleet is: a breaker for each engine, and what they come to together."""
 
 import functools
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +19,7 @@ class Health:
         self, dispatcher: Dispatcher, upstreams: Mapping[Engine, Upstream], rng: np.random.Generator
     ) -> None:
         self._dispatcher = dispatcher
+        self._loop = next(iter(upstreams.values())).loop
         breakers = {
             engine: Breaker(upstream, functools.partial(self._turn, engine), rng)
             for engine, upstream in upstreams.items()
@@ -33,6 +35,12 @@ class Health:
         """`ok`: every replica takes requests; `down`: none does; else `degraded`."""
         closed = [breaker.state is State.CLOSED for of_model in self.breakers for breaker in of_model]
         return "ok" if all(closed) else "degraded" if any(closed) else "down"
+
+    @property
+    def retry_after_s(self) -> int:
+        """Whole seconds, at least 1, until an engine that is down is asked next how it is."""
+        asks_at = [b.asks_at for of_model in self.breakers for b in of_model if b.state is State.OPEN]
+        return max(1, math.ceil(min(asks_at, default=0.0) - self._loop.time()))
 
     @property
     def states(self) -> dict[str, list[str]]:

@@ -67,6 +67,10 @@ class Loads:
         """`Observation.batch_sizes`, of the replicas that are up; of all where none is."""
         return self._batch_sizes.copy()
 
+    def on_device(self, replica: int) -> list[int]:
+        """Requests in flight by model, on the device of this replica; to be read only."""
+        return self._on_device[replica % self._num_devices]
+
     def neighbours(self) -> NDArray[np.float64]:
         """`Observation.neighbours`."""
         seen: list[int] = []

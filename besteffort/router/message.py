@@ -9,8 +9,6 @@ from typing import Protocol
 
 Header = tuple[bytes, bytes]
 
-SMALL = 65_536  # bytes; up to this, copying costs less than writing in parts
-
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 
 

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from besteffort.deadline import deadline_weight
 from besteffort.router.breaker import State
 from besteffort.router.dispatcher import Dispatcher, Route
 from besteffort.router.health import Health
@@ -30,6 +31,9 @@ class Metrics(Collector):
         self.requests: Counter[tuple[int, int, str]] = Counter()
         self._deadlines: Counter[tuple[int, int, str]] = Counter()
         self._retries: Counter[tuple[int, int, str]] = Counter()
+        self.turned_away: Counter[str] = Counter()  # by reason
+        # What is left of answers that came late, by task and model.
+        self._late_weights = defaultdict[tuple[int, int], float](float)
         # By task and model.
         self._latency = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_LATENCY_BUCKETS_MS))
         self._ttft = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_TTFT_BUCKETS_MS))
@@ -48,18 +52,26 @@ class Metrics(Collector):
     def retried(self, failed: Route) -> None:
         self._retries[failed.task, failed.model, str(failed.replica)] += 1
 
+    @property
+    def num_retries(self) -> int:
+        return self._retries.total()
+
     def began(self, route: Route, first_byte_at: float) -> None:
         """A stream; of a plain answer the first byte says nothing about the first token."""
         self._ttft[route.task, route.model].observe(1000.0 * (first_byte_at - route.arrived_at))
 
-    def answered(
-        self, route: Route, last_byte_at: float, num_tokens: int, deadline_ms_per_token: float
-    ) -> None:
-        """An answer with a token count; instants by the dispatcher's clock."""
-        latency = 1000.0 * (last_byte_at - route.arrived_at) / num_tokens
-        self._latency[route.task, route.model].observe(latency)
-        met = "yes" if latency <= deadline_ms_per_token else "no"
-        self._deadlines[route.task, route.model, met] += 1
+    def answered(self, route: Route, latency_ms_per_token: float, deadline_ms_per_token: float) -> None:
+        """An answer with a token count."""
+        at = route.task, route.model
+        self._latency[at].observe(latency_ms_per_token)
+        if latency_ms_per_token <= deadline_ms_per_token:
+            self._deadlines[*at, "yes"] += 1
+            return
+        self._deadlines[*at, "no"] += 1
+        kind = self._dispatcher.fleet.deadline_kind
+        if kind == "soft":
+            weight = deadline_weight(latency_ms_per_token, deadline_ms_per_token, kind)
+            self._late_weights[at] += float(weight)
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -84,6 +96,8 @@ class Metrics(Collector):
             "replica",
             self._retries,
         )
+        yield self._turned_away()
+        yield from self.collect_utilities()
         yield self._histogram(
             "besteffort_latency_ms_per_token",
             "Time from arrival at the router to the last token, per output token.",
@@ -114,6 +128,40 @@ class Metrics(Collector):
         for (task, model, value), count in counts.items():
             family.add_metric([*self._names(task, model), value], count)
         return family
+
+    def _turned_away(self) -> Metric:
+        family = CounterMetricFamily(
+            "besteffort_turned_away",
+            "Requests that were told to come again: overloaded, no_replica.",
+            labels=["reason"],
+        )
+        for reason, count in self.turned_away.items():
+            family.add_metric([reason], count)
+        return family
+
+    def collect_utilities(self) -> Iterable[Metric]:
+        """Whose quotient is the performance, over any span; none without rewards."""
+        forecast = self._dispatcher.forecast
+        if forecast is None or (rewards := forecast.relative_rewards) is None:
+            return
+        labels = ["task", "model"]
+        had = CounterMetricFamily(
+            "besteffort_utility",
+            "What answers were worth: deadline weight times relative reward.",
+            labels=labels,
+        )
+        peak = CounterMetricFamily(
+            "besteffort_utility_peak",
+            "What the best models' answers in time would have been worth; failed requests count too.",
+            labels=labels,
+        )
+        for task, model in sorted({(task, model) for task, model, _ in self.requests}):
+            met, missed = (self._deadlines[task, model, word] for word in ("yes", "no"))
+            weight = met + self._late_weights[task, model]
+            had.add_metric(self._names(task, model), weight * rewards[task][model])
+            peak.add_metric(self._names(task, model), met + missed + self.requests[task, model, "failed"])
+        yield had
+        yield peak
 
     def _histogram(self, name: str, about: str, histograms: dict[tuple[int, int], Histogram]) -> Metric:
         family = HistogramMetricFamily(name, about, labels=["task", "model"])

@@ -9,19 +9,29 @@ from dataclasses import dataclass
 
 from besteffort.engines.running import Engine
 from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
+from besteffort.router.decision_log import DecisionLog, Entry
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
 from besteffort.router.health import Health
 from besteffort.router.limits import Limits
-from besteffort.router.message import Header, Job, Refusal, Reply, Request, Responder, date_line, header_lines
+from besteffort.router.message import Header, Job, Refusal, Reply, Request, Responder, date_line
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_event, error_reply
+from besteffort.router.receipt import (
+    DEADLINE_HEADER,
+    RECEIPT_HEADER,
+    STREAMED,
+    Outcome,
+    Receipts,
+    StreamEnd,
+)
 from besteffort.router.request_body import RequestBody
 from besteffort.router.token_count import PlainCount, StreamCount, TokenCount
+from besteffort.router.turnover import Turnover
 from besteffort.router.upstream import Call, Fault, Upstream
 
-DEADLINE_HEADER = "x-besteffort-deadline-ms-per-token"
 _TASK = TASK_HEADER.encode()
 _DEADLINE = DEADLINE_HEADER.encode()
+_RECEIPT = RECEIPT_HEADER.encode()
 _MAX_DEADLINE_MS = 1e6
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 # Headers that go to the engine as the client wrote them. All others stay here.
@@ -46,6 +56,7 @@ class Asked:
     deadline_ms_per_token: float
     body: RequestBody
     request_id: bytes
+    streams_receipt: bool  # wants one at the end of a stream
 
 
 class Proxy:
@@ -60,14 +71,17 @@ class Proxy:
         limits: Limits,
         *,
         forward_authorization: bool = False,
+        decision_log: DecisionLog | None = None,
     ) -> None:
         self.dispatcher = dispatcher
+        self.decision_log = decision_log
         self.health = health
         self.metrics = metrics
         self.limits = limits
         self.num_in_flight = 0
-        self.forward_authorization = forward_authorization
+        self.passed_in = (*_PASSED_IN, b"authorization") if forward_authorization else _PASSED_IN
         self.receipts = Receipts(dispatcher)
+        self.turnover = Turnover(limits.max_in_flight)
         self._addresses = Addresses(dispatcher.fleet)
         self._upstreams = upstreams
         self._process = secrets.token_hex(8).encode()
@@ -78,17 +92,23 @@ class Proxy:
         request_id = self._request_id(request)
         try:
             if self.num_in_flight >= self.limits.max_in_flight:
-                raise Refusal(error_reply(429, "Too many requests", "overloaded", retry_after_s=1))
+                raise Refusal(self._turn_away())
             exchange = Exchange(self, request, self._read(request, request_id), responder)
             exchange.start()
         except NoReplicaError as error:
-            refusal = error_reply(503, str(error), "no_replica", retry_after_s=1)
+            self.metrics.turned_away["no_replica"] += 1
+            refusal = error_reply(503, str(error), "no_replica", retry_after_s=self.health.retry_after_s)
             responder.reply(_identified(refusal, request_id))
             return None
         except Refusal as refused:
             responder.reply(_identified(refused.reply, request_id))
             return None
         return exchange
+
+    def _turn_away(self) -> Reply:
+        self.metrics.turned_away["overloaded"] += 1
+        retry_after_s = self.turnover.retry_after_s(self.dispatcher.clock())
+        return error_reply(429, "Too many requests", "overloaded", retry_after_s=retry_after_s)
 
     def upstream_of(self, engine: Engine) -> Upstream:
         return self._upstreams[engine]
@@ -116,39 +136,15 @@ class Proxy:
         deadline = _deadline(
             headers.get(_DEADLINE), self.dispatcher.fleet.tasks[address.task].deadline_ms_per_token
         )
-        return Asked(address, deadline, body, request_id)
-
-
-class Receipts:
-    """The headers that say what became of a request: who answers it, and by which deadline."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
-        self._made: dict[tuple[int, int, int, bool, str], bytes] = {}
-
-    def lines(self, route: Route, deadline_ms_per_token: float) -> bytes:
-        fleet = self._dispatcher.fleet
-        policy = self._dispatcher.policy.name
-        key = (route.task, route.model, route.replica, route.pinned, policy)
-        lines = self._made.get(key)
-        if lines is None:
-            facts = {
-                "model": fleet.model_names[route.model],
-                "replica": str(route.replica),
-                "task": fleet.task_names[route.task],
-                "policy": "pinned" if route.pinned else policy,
-            }
-            pairs = [(f"x-besteffort-{name}".encode(), value.encode()) for name, value in facts.items()]
-            lines = self._made[key] = header_lines(pairs)
-        return b"%b%b: %g\r\n" % (lines, _DEADLINE, deadline_ms_per_token)
+        return Asked(address, deadline, body, request_id, _streams_receipt(headers.get(_RECEIPT)))
 
 
 class Exchange:
     """A request at an engine, and the answer on its way to the client."""
 
     __slots__ = (
-        "_asked", "_begun", "_call", "_first_byte_at", "_last_byte_at", "_proxy", "_request",
-        "_responder", "_route", "_status", "_streams", "_tokens", "_tried",
+        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_last_byte_at", "_proxy", "_request",
+        "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens", "_tried",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, request: Request, asked: Asked, responder: Responder) -> None:
@@ -157,8 +153,10 @@ class Exchange:
         self._asked = asked
         self._responder = responder
         self._route: Route
+        self._entry: Entry | None = None  # if there is a log
         self._call: Call | None = None
         self._tokens: TokenCount | None = None
+        self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
         self._tried: list[tuple[int, int]] = []  # models and replicas that failed
         self._status = 0
         self._streams = False
@@ -170,6 +168,9 @@ class Exchange:
         proxy = self._proxy
         self._route = proxy.dispatcher.begin(self._asked.address.task, self._asked.address.pinned)
         proxy.num_in_flight += 1
+        if proxy.decision_log is not None:
+            decision, asked = proxy.dispatcher.decision, self._asked
+            self._entry = Entry(proxy.decision_log, decision, asked.body, asked.request_id)
         self._send()
 
     def _send(self) -> None:
@@ -201,6 +202,8 @@ class Exchange:
         lines, self._streams = _passed_out(headers)
         if status < 400:
             self._tokens = StreamCount() if self._streams else PlainCount()
+            if self._streams and self._asked.streams_receipt:
+                self._stream_end, length = StreamEnd(), None
         receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
         lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
         self._responder.begin(status, b"".join(lines), length)
@@ -208,7 +211,12 @@ class Exchange:
     def on_body(self, data: bytes) -> None:
         if self._tokens is not None:
             self._tokens.feed(data)
-        self._responder.write(data)
+            if self._entry is not None:
+                self._entry.feed(data)
+        if self._stream_end is None:
+            self._responder.write(data)
+        else:
+            self._write_up_to_receipt(self._stream_end, data)
 
     def on_batch(self) -> None:
         if self._begun:
@@ -217,6 +225,8 @@ class Exchange:
 
     def on_end(self) -> None:
         self._last_byte_at = self._proxy.dispatcher.clock()
+        if self._stream_end is not None:  # which had no last event
+            self._write_receipt(self._stream_end.rest())
         self._end("ok" if self._status < 400 else "refused")
         self._responder.end()
 
@@ -225,15 +235,19 @@ class Exchange:
             self._proxy.health.of(self._route).failed()
         if not self._begun and fault.kind in _RETRIED and self._try_another():
             return
+        status, code = (504, "engine_timeout") if fault.kind in _TIMEOUTS else (502, "engine_failed")
+        if not self._begun:
+            self._status = status
+        if self._entry is not None:
+            self._entry.error = fault.kind
         self._end("failed")
         fleet = self._proxy.dispatcher.fleet
         name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
         message = f"The engine of {name} failed: {fault}"
-        status, code = (504, "engine_timeout") if fault.kind in _TIMEOUTS else (502, "engine_failed")
         if not self._begun:
             self._responder.reply(_identified(error_reply(status, message, code), self._asked.request_id))
         elif self._streams:
-            self._responder.write(error_event(message, code))
+            self._responder.write(b"\n\n" + error_event(message, code))  # it may be in the midst of an event
             self._responder.end()
         else:
             self._responder.break_off()  # half an answer must not look whole
@@ -257,23 +271,77 @@ class Exchange:
         """Everything that was counted for this request is taken back here, once."""
         assert self._call is not None, "a request ends once"
         self._call = None  # and nothing is left that refers to itself
-        self._proxy.num_in_flight -= 1
-        self._proxy.dispatcher.end(self._route)
-        metrics = self._proxy.metrics
-        metrics.ended(self._route, outcome)
-        num_tokens = 0 if self._tokens is None else self._tokens.total
-        if outcome == "ok" and num_tokens:
-            metrics.answered(self._route, self._last_byte_at, num_tokens, self._asked.deadline_ms_per_token)
+        proxy, route = self._proxy, self._route
+        proxy.num_in_flight -= 1
+        proxy.dispatcher.end(route)
+        metrics = proxy.metrics
+        metrics.ended(route, outcome)
+        latency = None
+        if outcome == "ok":
+            proxy.turnover.ended(self._last_byte_at - route.arrived_at)
+            latency = self._latency_ms_per_token()
+        if latency is not None:
+            metrics.answered(route, latency, self._asked.deadline_ms_per_token)
             if self._streams:
-                metrics.began(self._route, self._first_byte_at)
+                metrics.began(route, self._first_byte_at)
+        if self._entry is not None:
+            self._log(self._entry, outcome, latency)
+
+    def _latency_ms_per_token(self) -> float | None:
+        """None where no tokens were counted. Several answers come side by side: the mean one's counts."""
+        if self._tokens is None or not (num_tokens := self._tokens.total):
+            return None
+        total_ms = 1000.0 * (self._last_byte_at - self._route.arrived_at)
+        return total_ms * self._asked.body.num_answers / num_tokens
+
+    def _write_up_to_receipt(self, stream_end: StreamEnd, data: bytes) -> None:
+        before, after = stream_end.feed(data)
+        if before:
+            self._responder.write(before)
+        if after:
+            self._last_byte_at = self._proxy.dispatcher.clock()
+            self._write_receipt(b"")
+            self._responder.write(after)
+
+    def _write_receipt(self, before: bytes) -> None:
+        self._stream_end = None
+        assert self._tokens is not None, "those of a stream are counted"
+        outcome = Outcome(
+            num_tokens=self._tokens.total,
+            ttft_ms=1000.0 * (self._first_byte_at - self._route.arrived_at),
+            latency_ms_per_token=self._latency_ms_per_token(),
+        )
+        event = self._proxy.receipts.event(
+            self._route,
+            self._asked.deadline_ms_per_token,
+            outcome,
+            request_id=self._asked.request_id,
+            is_chat=b"/chat/" in self._request.target,
+        )
+        self._responder.write(before + event)
+
+    def _log(self, entry: Entry, outcome: str, latency_ms_per_token: float | None) -> None:
+        route = self._route
+        entry.end(
+            route,
+            outcome,
+            status=self._status,
+            num_retries=sum(pair != (route.model, route.replica) for pair in self._tried),
+            began_at=self._first_byte_at if self._streams else math.nan,
+            ended_at=self._proxy.dispatcher.clock() if outcome != "ok" else self._last_byte_at,
+            num_tokens=0 if self._tokens is None else self._tokens.total,
+            latency_ms_per_token=latency_ms_per_token,
+            deadline_ms_per_token=self._asked.deadline_ms_per_token,
+        )
 
     def _rewritten(self, upstream: Upstream) -> list[bytes]:
         """The request as the engine gets it: of the client's headers only those that it may set."""
         body = self._asked.body.for_engine(self._route.engine.served_name)
         headers = self._request.headers
-        passed = [(name, headers[name]) for name in _PASSED_IN if name in headers]
-        if self._proxy.forward_authorization and b"authorization" in headers:
-            passed.append((b"authorization", headers[b"authorization"]))
+        passed = b""
+        for name in self._proxy.passed_in:
+            if name in headers:
+                passed += b"%b: %b\r\n" % (name, headers[name])
         head = (
             b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
             # What the client did not ask to be compressed is not, and its tokens can be counted.
@@ -284,7 +352,7 @@ class Exchange:
             upstream.authority,
             self._asked.request_id,
             len(body),
-            header_lines(passed),
+            passed,
         )
         return [head, body]
 
@@ -320,6 +388,14 @@ def _deadline(given: bytes | None, of_task: float) -> float:
         message = f"{DEADLINE_HEADER} must be a number of milliseconds over 0, up to {_MAX_DEADLINE_MS:g}"
         raise Refusal(error_reply(400, message, "invalid_deadline", DEADLINE_HEADER))
     return deadline
+
+
+def _streams_receipt(given: bytes | None) -> bool:
+    """Raises Refusal: what was given is nothing that can be asked for."""
+    if given is None or given == STREAMED:
+        return given is not None
+    message = f"{RECEIPT_HEADER} must be {STREAMED.decode()!r}, or not be there"
+    raise Refusal(error_reply(400, message, "invalid_receipt", RECEIPT_HEADER))
 
 
 def _identified(reply: Reply, request_id: bytes) -> Reply:

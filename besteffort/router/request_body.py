@@ -1,12 +1,15 @@
 """The body of a completion request: read as far as routing needs, all else untouched."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
 
 _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENCODER = msgspec.json.Encoder()
+_LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')  # one prompt may be a list as well, of tokens
+_MAX_NUMBER = 2**31 - 1  # of tokens or answers
 
 
 class RequestBody:
@@ -16,7 +19,10 @@ class RequestBody:
     """
 
     def __init__(self, data: bytes) -> None:
-        """Raises ValueError: it is not a JSON object in UTF-8, or nested deeper than anyone can read."""
+        """Raises ValueError: it is not a JSON object in UTF-8, or nested deeper than anyone can read.
+
+        Whatever is read of it afterwards, but for `model`, raises nothing.
+        """
         text = data.decode()
         try:
             self._fields = _DECODER.decode(text)
@@ -27,9 +33,34 @@ class RequestBody:
 
     @property
     def model(self) -> Any:
-        """None if it is missing."""
+        """None if it is missing. Raises ValueError: it is nothing that JSON knows."""
         raw = self._fields.get("model")
         return None if raw is None else msgspec.json.decode(raw)
+
+    @property
+    def num_answers(self) -> int:
+        """`n` for each prompt; what makes no sense is the engine's to refuse, and counts as one."""
+        n, prompt = self._fields.get("n"), self._fields.get("prompt")
+        number = None if n is None else _read(n)
+        if not isinstance(number, int) or number < 1:
+            number = 1
+        number = min(number, _MAX_NUMBER)
+        if prompt is not None and _LIST_OF_PROMPTS.match(prompt):
+            number *= len(_read(prompt, list[msgspec.Raw]) or (prompt,))
+        return number
+
+    @property
+    def prompt(self) -> memoryview | None:
+        """The JSON of the prompt or the messages; None if there are none."""
+        raw = self._fields.get("prompt") or self._fields.get("messages")
+        return None if raw is None else memoryview(raw)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """How many tokens the client wants at most; None if it does not say."""
+        raw = self._fields.get("max_completion_tokens") or self._fields.get("max_tokens")
+        value = None if raw is None else _read(raw)
+        return min(value, _MAX_NUMBER) if isinstance(value, int) and value > 0 else None
 
     def for_engine(self, served_name: str) -> bytes:
         fields = self._fields
@@ -37,15 +68,24 @@ class RequestBody:
         return _ENCODER.encode(fields)
 
 
+def _read(raw: msgspec.Raw, kind: Any = Any) -> Any:
+    """None where it is nothing that JSON knows, such as NaN, half a surrogate, or too large a number."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
 def _read_leniently(text: str) -> dict[str, msgspec.Raw]:
     """NaN, infinities and the like are not JSON, but Python clients write them and vLLM reads them."""
     try:
         value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        fields = {key: msgspec.Raw(json.dumps(part).encode()) for key, part in value.items()}
     except RecursionError:
         raise ValueError("nested too deep") from None
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    fields = {key: msgspec.Raw(json.dumps(part).encode()) for key, part in value.items()}
+    "".join(value).encode()  # raises ValueError where a key is nothing that can be sent on
     if isinstance(value.get("model"), float):  # perhaps NaN
         raise ValueError("a number as its model")
     return fields

@@ -151,8 +151,8 @@ class RequestReader:
         headers = request.headers
         if version not in ("1.1", "1.0"):
             raise _refusal(505, "Only HTTP/1.1 and HTTP/1.0 are served here", "http_version")
-        if self._parser.should_upgrade() or request.method in (b"CONNECT", b"TRACE"):
-            raise _refusal(501, "Neither CONNECT, TRACE nor an upgrade is served here", "not_implemented")
+        if self._parser.should_upgrade() or request.method == b"CONNECT":
+            raise _refusal(501, "Neither CONNECT nor an upgrade is served here", "not_implemented")
         if not request.target.startswith(b"/") or request.target.startswith(b"//"):
             raise _refusal(400, "The request target must be a path with one slash in front", "bad_request")
         if request.http_1_1 and b"host" not in headers:

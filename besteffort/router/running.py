@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 import uvloop
 
 from besteffort.router.app import App
+from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
 from besteffort.router.policy_source import PolicySource
 from besteffort.router.reload import Reload
@@ -28,13 +29,21 @@ async def running_router(
     *,
     admin_listener: socket.socket | None = None,
     reload: Reload | None = None,
+    decision_log: DecisionLog | None = None,
 ) -> AsyncIterator[Server]:
     """The router on a socket that listens; at the end requests in work have a while to end.
 
     On `admin_listener`, if there is one, are metrics and administration, until all requests have ended.
     """
     watch = Watch(asyncio.get_running_loop())
-    app = App(dispatcher, settings, watch, reload=reload, admin_apart=admin_listener is not None)
+    app = App(
+        dispatcher,
+        settings,
+        watch,
+        reload=reload,
+        admin_apart=admin_listener is not None,
+        decision_log=decision_log,
+    )
     server = Server(app.public, settings.limits, watch)
     await server.listen([listener], settings.tls)
     inner = None
@@ -56,6 +65,7 @@ def run_router(
     listener: socket.socket,
     *,
     admin_listener: socket.socket | None = None,
+    decision_log: DecisionLog | None = None,
     source: PolicySource,
     say: Callable[[str], None],
 ) -> None:
@@ -75,7 +85,14 @@ def run_router(
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, hang_up)
-        running = running_router(dispatcher, settings, listener, admin_listener=admin_listener, reload=reload)
+        running = running_router(
+            dispatcher,
+            settings,
+            listener,
+            admin_listener=admin_listener,
+            reload=reload,
+            decision_log=decision_log,
+        )
         async with running:
             await stop.wait()
         reload.close()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from besteffort.router.client_connection import ClientConnection
 from besteffort.router.limits import Limits
 from besteffort.router.message import Handler
+from besteffort.router.outbox import Outbox
 from besteffort.router.request_reader import Budget
 from besteffort.router.watch import Watch
 
@@ -26,6 +27,7 @@ class Server:
         self.limits = limits
         self.watch = watch
         self.loop = asyncio.get_running_loop()
+        self.outbox = Outbox(self.loop)
         self.budget = Budget(limits.max_held)
         self.connections: set[ClientConnection] = set()
         self.draining = False

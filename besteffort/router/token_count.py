@@ -35,9 +35,13 @@ class PlainCount:
     def feed(self, data: bytes) -> None:
         if self._tail:
             data = self._tail + data
-        if _USAGE_KEY in data:
-            for match in _USAGE.finditer(data):
+        at = data.rfind(_USAGE_KEY)
+        while at >= 0:
+            match = _USAGE.match(data, at)
+            if match is not None:
                 self.total = int(match[1])
+                break
+            at = data.rfind(_USAGE_KEY, 0, at)
         self._tail = data[-_OVERLAP:]
 
 

@@ -9,7 +9,8 @@ from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 from besteffort.router.limits import Limits
-from besteffort.router.message import SMALL, Header
+from besteffort.router.message import Header
+from besteffort.router.outbox import Outbox
 from besteffort.router.response_reader import BadResponseError, ResponseReader
 from besteffort.router.watch import Watch
 
@@ -41,7 +42,9 @@ class Sink(Protocol):
 class Upstream:
     """Where an engine is, and the connections to it that lie idle."""
 
-    def __init__(self, url: str, limits: Limits, watch: Watch, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, url: str, limits: Limits, watch: Watch, loop: asyncio.AbstractEventLoop, outbox: Outbox
+    ) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None, "checked before any engine is used"
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -52,6 +55,7 @@ class Upstream:
         self.limits = limits
         self.watch = watch
         self.loop = loop
+        self.outbox = outbox
         self.idle: list[UpstreamConnection] = []
 
     def send(self, request: Sequence[bytes], sink: Sink) -> "Call":
@@ -151,10 +155,7 @@ class UpstreamConnection(asyncio.Protocol):
         call.connection = self
         self._reader.expect(call.sink)
         self.due_at = min(self._upstream.loop.time() + self._upstream.limits.first_byte_s, call.total_due_at)
-        if sum(map(len, call.request)) <= SMALL:
-            self._transport.write(b"".join(call.request))
-        else:
-            self._transport.writelines(call.request)
+        self._upstream.outbox.send(self._transport, call.request)
 
     def close(self) -> None:
         self._call = None

@@ -56,15 +56,14 @@ class Branching:
             in_flight_scale=routing.in_flight_scale,
             neighbours=np.zeros((num_models, num_models)),
             inputs=np.zeros(num_fleet_inputs, dtype=np.float32),
-            hidden=np.zeros((2, max(len(network.second_bias), num_models)), dtype=np.float32),
+            hidden=_scratch(network),
         )
 
     def use(self, network: QNetwork) -> None:
         """From now on this one routes."""
         num_inputs, num_models = len(self._course.inputs), len(self._course.in_flight_scale)
         compiled = _compiled_network(network, self._request_inputs, num_inputs, num_models)
-        hidden = np.zeros((2, max(len(compiled.second_bias), num_models)), dtype=np.float32)
-        self._course = self._course._replace(network=compiled, has_network=True, hidden=hidden)
+        self._course = self._course._replace(network=compiled, has_network=True, hidden=_scratch(compiled))
 
     def give(self, models: NDArray[np.int64]) -> None:
         """From now on request `k` goes to `models[k]`, whatever the policy says; negative: it decides."""
@@ -91,6 +90,10 @@ class Branching:
         self._course.words[:] = self._idle_words
         branch_at(self._course, starts, until, fade_ms, inputs, worth)
         return inputs, worth
+
+
+def _scratch(network: Network) -> NDArray[np.float32]:
+    return np.zeros((2, max(*network.second.shape, len(network.last_bias))), dtype=np.float32)
 
 
 def _compiled_network(

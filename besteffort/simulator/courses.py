@@ -19,9 +19,9 @@ class Network(NamedTuple):
 
     by_request: Floats  # (K, H) sums of the first layer over inputs that are known beforehand, and its bias
     first: Floats  # (I, H) of the inputs that tell of the fleet
-    second: Floats  # (H, H)
-    second_bias: Floats  # (H,)
-    last: Floats  # (H, M)
+    second: Floats  # (H, G)
+    second_bias: Floats  # (G,)
+    last: Floats  # (G, M)
     last_bias: Floats  # (M,)
 
 
@@ -39,7 +39,7 @@ class Course(NamedTuple):
     in_flight_scale: Floats  # (M,)
     neighbours: NDArray[np.float64]  # (M, M) scratch
     inputs: Floats  # (I,) that tell of the fleet, at the last decision
-    hidden: Floats  # (2, H) scratch
+    hidden: Floats  # (2, max(H, G, M)) scratch
 
 
 @compiled
@@ -81,17 +81,18 @@ def _see(course: Course) -> None:
 @compiled
 def _by_network(network: Network, request: int, inputs: Floats, first: Floats, second: Floats) -> int:
     """The model with the highest Q-value; inner loops run along rows, so that they are vectorised."""
-    size, num_models = len(network.second_bias), len(network.last_bias)
-    for j in range(size):
+    first_size, size = network.second.shape
+    num_models = len(network.last_bias)
+    for j in range(first_size):
         first[j] = network.by_request[request, j]
     for i in range(len(inputs)):
         value = inputs[i]
         if value != 0.0:
-            for j in range(size):
+            for j in range(first_size):
                 first[j] += value * network.first[i, j]
     for j in range(size):
         second[j] = network.second_bias[j]
-    for i in range(size):
+    for i in range(first_size):
         value = first[i]
         if value > 0.0:
             for j in range(size):

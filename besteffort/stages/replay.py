@@ -47,6 +47,7 @@ class Replay:
     rewards: Path
     simulated: bool = False
     url: str | None = None  # of a router that runs already
+    api_key: str | None = None  # which that router asks for
     attached: Urls | None = None
     name: str | None = None  # of the folder under replays/; by default made of the others
     seed: int = 0
@@ -112,7 +113,12 @@ def replay_once(spec: Replay, progress: Progress) -> Replayed:
 def _name(spec: Replay, policy: Policy | None, fleet: Fleet) -> str:
     if policy is not None:
         return policy.name
-    return _policy_of_router(spec.url.rstrip("/"), fleet) if spec.url is not None else str(spec.policy)
+    if spec.url is None:
+        return str(spec.policy)
+    url = spec.url.rstrip("/")
+    name = _policy_of_router(url, fleet)
+    _check_key(url, spec.api_key)
+    return name
 
 
 def _in_hindsight(
@@ -184,6 +190,20 @@ def _policy_of_router(url: str, fleet: Fleet) -> str:
     return policy
 
 
+def _check_key(url: str, api_key: str | None) -> None:
+    """Before every request of a trace is refused."""
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    request = urllib.request.Request(f"{url}/v1/models", headers=headers)  # noqa: S310
+    try:
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
+    except urllib.error.HTTPError as error:
+        with error:
+            wrong = "no key was given" if api_key is None else "the key is not the one that it asks for"
+            raise UsageError(
+                f"--url {url}: {wrong} (HTTP {error.code}); give it as --api-key or BESTEFFORT_API_KEY"
+            ) from None
+
+
 def _send(
     spec: Replay, fleet: Fleet, requests: Requests, progress: Progress
 ) -> tuple[Outcomes, KeyboardInterrupt | None]:
@@ -193,7 +213,14 @@ def _send(
         with progress.bar(title, len(requests)) as bar:
             rng = np.random.default_rng(spec.seed)
             sending = send_open_loop(
-                requests, fleet, url, ledger, timeout_s=REQUEST_TIMEOUT_S, rng=rng, bar=bar
+                requests,
+                fleet,
+                url,
+                ledger,
+                api_key=None if spec.url is None else spec.api_key,
+                timeout_s=REQUEST_TIMEOUT_S,
+                rng=rng,
+                bar=bar,
             )
             try:
                 asyncio.run(sending)

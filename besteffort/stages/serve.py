@@ -1,21 +1,27 @@
 """`serve`: the fleet's engines with the router in front, until it is told to stop."""
 
+import os
 import resource
 import socket
 import ssl
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from besteffort.artifacts.profile_file import load_latency
+from besteffort.artifacts.rewards_file import load_rewards
 from besteffort.engines.running import Urls, running_engines
-from besteffort.errors import ProfileError, UsageError
-from besteffort.fleet import load_fleet
+from besteffort.errors import InputError, ProfileError, UsageError
+from besteffort.fleet import Fleet, load_fleet
 from besteffort.policies import Policy, load_named_policy
 from besteffort.progress import Progress
-from besteffort.router import Dispatcher, PolicySource, Settings, run_router
+from besteffort.router import DecisionLog, Dispatcher, Forecast, PolicySource, Settings, run_router
 from besteffort.stages.staleness import warn_if_stale
+
+T = TypeVar("T")
 
 # Connections that the kernel holds for us while we are busy: a burst is not refused.
 _BACKLOG = 2048
@@ -36,6 +42,8 @@ def serve(
     progress: Progress,
     admin_host: str = "127.0.0.1",
     admin_port: int | None = None,
+    decision_log: Path | None = None,
+    decision_log_every_s: float = 60.0,
 ) -> None:
     """Start (or attach to) the engines and serve until SIGINT or SIGTERM; then end all of it.
 
@@ -56,10 +64,11 @@ def serve(
 
     chosen = load(policy)
     if profile.exists():
-        try:
+        with suppress(ProfileError):  # of which the forecast tells
             warn_if_stale(profile, fleet, progress)
-        except ProfileError as error:  # policies that read it have refused it by now
-            progress.say(f"warning: {error}")
+    forecast = _forecast(fleet, profile, rewards, progress)
+    if decision_log is not None:
+        _check_writable(decision_log)
     if settings.api_key is None and not host.startswith(_LOOPBACK):
         progress.say(f"warning: whoever reaches {host} can use this router; give --api-key to change that")
     _raise_file_limit()
@@ -74,15 +83,36 @@ def serve(
         if admin_port is not None:
             progress.say(f"metrics and administration are at {admin_url}")
         progress.say(f"serving {fleet.name} by {chosen.name} at {url}/v1 (Ctrl-C ends it)")
+        dispatcher = Dispatcher(fleet, chosen, engines, forecast=forecast)
+        log = None
+        if decision_log is not None:
+            log = DecisionLog(
+                decision_log, fleet, dispatcher.clock, progress.say, every_s=decision_log_every_s
+            )
+            stack.enter_context(closing(log))
         run_router(
-            Dispatcher(fleet, chosen, engines),
+            dispatcher,
             settings,
             listener,
+            decision_log=log,
             admin_listener=admin_listener,
             source=PolicySource(policy, fleet_dir, load),
             say=progress.say,
         )
     progress.say("stopped; every engine started here has ended")
+
+
+def _forecast(fleet: Fleet, profile: Path, rewards: Path, progress: Progress) -> Forecast:
+    """What receipts and metrics say of requests beforehand: less, where a file is missing or of no use."""
+
+    def read(path: Path, load: Callable[[Path, Fleet], T]) -> T | None:
+        try:
+            return load(path, fleet) if path.exists() else None
+        except InputError as error:
+            progress.say(f"warning: receipts and metrics do without it: {error}")
+            return None
+
+    return Forecast(fleet, read(profile, load_latency), read(rewards, load_rewards))
 
 
 def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext | None:
@@ -105,6 +135,16 @@ def tls_context(certfile: Path | None, keyfile: Path | None) -> ssl.SSLContext |
             "give a certificate and its key in PEM"
         ) from None
     return context
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UsageError(f"--decision-log {folder}: no folder that can be written to; choose another place")
 
 
 def _raise_file_limit() -> None:

@@ -14,6 +14,7 @@ from besteffort.artifacts.files import provenance, write_atomically
 from besteffort.artifacts.policy_file import TrainedPolicy, save_policy
 from besteffort.artifacts.profile_file import load_latency
 from besteffort.artifacts.rewards_file import load_rewards
+from besteffort.direct import DirectRecipe, DirectTrainer, DirectTraining, curves_of_policy
 from besteffort.dqn import Trainer
 from besteffort.environment import Service
 from besteffort.errors import GateError, InputError, UsageError
@@ -33,7 +34,7 @@ from besteffort.training.trace_parts import TrainingTrace
 from besteffort.training.workloads import TrainingWorkloads
 
 BASELINES = ("random", "round-robin", "least-loaded", "greedy", "slackfit", "thresholds")
-AnyTraining = Training[Encoding] | AdvantageTraining
+AnyTraining = Training[Encoding] | AdvantageTraining | DirectTraining
 
 
 def train(
@@ -167,8 +168,11 @@ def _trainer(
     start: TrainedPolicy | None,
     workloads: TrainingWorkloads,
     checkpoint: Checkpoint,
-) -> Trainer | AdvantageTrainer:
+) -> Trainer | AdvantageTrainer | DirectTrainer:
     recipe, seed = setup.chosen, setup.seed
+    if isinstance(recipe, DirectRecipe):
+        curves = curves_of_policy(start) if start else None
+        return DirectTrainer(service, recipe, seed, init=curves, checkpoint=checkpoint, workloads=workloads)
     if isinstance(recipe, AdvantageRecipe):
         seeing_more = reading_the_fleets_state(start) if start else None
         return AdvantageTrainer(

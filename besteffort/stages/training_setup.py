@@ -8,9 +8,12 @@ from typing import Any
 from besteffort import __version__
 from besteffort.advantages import ADVANTAGE_RECIPES, AdvantageRecipe
 from besteffort.artifacts.files import sha256
+from besteffort.direct import DIRECT_RECIPES, DirectRecipe
 from besteffort.dqn import RECIPES, Recipe
 from besteffort.errors import UsageError
 from besteffort.training.workloads import TASK_MIXES
+
+AnyRecipe = DirectRecipe | AdvantageRecipe | Recipe
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ class Setup:
         return self.rewards or self.fleet_dir / "rewards.parquet"
 
     @property
-    def chosen(self) -> Recipe | AdvantageRecipe:
+    def chosen(self) -> AnyRecipe:
         """The recipe, made shorter if there is a policy to start from.
 
         Raises:
             UsageError: there is none of this name.
         """
-        recipes: dict[str, Recipe | AdvantageRecipe] = {**ADVANTAGE_RECIPES, **RECIPES}
+        recipes: dict[str, AnyRecipe] = {**DIRECT_RECIPES, **ADVANTAGE_RECIPES, **RECIPES}
         if self.recipe not in recipes:
             raise UsageError(f"{self.recipe!r} is no recipe: choose one of {', '.join(recipes)}")
         recipe = recipes[self.recipe]

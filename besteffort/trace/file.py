@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from besteffort.artifacts import files
+from besteffort.artifacts import decisions_file, files
 from besteffort.errors import TraceError
 from besteffort.fleet import Fleet
 from besteffort.request import Requests
@@ -73,18 +73,14 @@ def load_trace(path: Path, fleet: Fleet) -> Requests:
 
 
 def read_trace(path: Path, fleet: Fleet | None = None) -> Trace:
-    """A trace with its provenance and its further columns.
+    """A trace with its provenance and its further columns; a folder is read as a decision log.
 
     Without a fleet, the tasks are those that occur in the file, by name, and any length is taken.
 
     Raises:
         TraceError: as for `load_trace`.
     """
-    if path.is_dir():  # Arrow would read every file in it as one table
-        raise TraceError(f"{path}: this is a folder; name one trace in it, or {_MEND}")
-    table, facts = files.read_table(
-        path, SCHEMA, kind="trace", version=VERSION, error=TraceError, mend=_MEND, also=("requests",)
-    )
+    table, facts = _read_log(path) if path.is_dir() else _read_file(path)
     if len(table) == 0:
         raise TraceError(f"{path}: it holds no request; {_MEND}")
     for name in SCHEMA.names:
@@ -101,6 +97,39 @@ def read_trace(path: Path, fleet: Fleet | None = None) -> Trace:
     _check_times(path, requests.arrived_at)
     _check_tokens(path, requests, fleet)
     return Trace(requests, task_names, facts, table.drop_columns(SCHEMA.names))
+
+
+def _read_file(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    also = ("requests", decisions_file.KIND)
+    return files.read_table(
+        path, SCHEMA, kind="trace", version=VERSION, error=TraceError, mend=_MEND, also=also
+    )
+
+
+def _read_log(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """All parts of a decision log as one trace, whose first request arrives at 0."""
+    parts = files.parts(folder)
+    if not parts:
+        raise TraceError(
+            f"{folder}: this is a folder without parts of a decision log; name a trace, or {_MEND}"
+        )
+    read = [
+        files.read_table(
+            part,
+            decisions_file.SCHEMA,
+            kind=decisions_file.KIND,
+            version=decisions_file.VERSION,
+            error=TraceError,
+            mend="a folder is read as a decision log: leave nothing else in it",
+        )
+        for part in parts
+    ]
+    # A request may end, and so be written, long after others that came later.
+    table = pa.concat_tables([table for table, _ in read], promote_options="default").sort_by("received_at")
+    received_at = table.column("received_at").cast(pa.int64()).to_numpy()
+    arrived_at = pa.array((received_at - received_at[0]) / 1e6)
+    facts = {**read[-1][1], "source": f"decision log of {len(parts)} parts"}
+    return table.set_column(0, SCHEMA.field("arrived_at"), arrived_at), facts
 
 
 def _refuse_first(path: Path, bad: NDArray[np.bool_], problem: Callable[[int], str]) -> None:

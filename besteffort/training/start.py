@@ -8,7 +8,7 @@ from besteffort.fleet import Fleet
 from besteffort.observation import Encoding, FleetEncoding
 from besteffort.q_network import QNetwork
 
-_MEND = "name another policy of this fleet with --init, or leave it out to train from the beginning"
+MEND = "name another policy of this fleet with --init, or leave it out to train from the beginning"
 
 
 def load_start(path: Path, fleet: Fleet) -> TrainedPolicy:
@@ -19,25 +19,25 @@ def load_start(path: Path, fleet: Fleet) -> TrainedPolicy:
     """
     other = "soft" if fleet.deadline_kind == "hard" else "hard"
     try:
-        return load_policy(path, fleet, mend=_MEND)
+        return load_policy(path, fleet, mend=MEND)
     except PolicyError as error:
         try:
-            return load_policy(path, fleet.model_copy(update={"deadline_kind": other}), mend=_MEND)
+            return load_policy(path, fleet.model_copy(update={"deadline_kind": other}), mend=MEND)
         except PolicyError:
             raise error from None
 
 
 def reading_the_fleets_state(start: TrainedPolicy) -> tuple[QNetwork, FleetEncoding]:
-    """Its network and normalisation, if it reads what the default training has it read.
+    """Its network and normalisation, if it reads what the recipe `advantages` has it read.
 
     Raises:
         PolicyError: it reads another state, or has another form.
     """
     shapes = [weight.shape for weight in start.network.weights]
     if not isinstance(start.encoding, FleetEncoding):
-        raise PolicyError(f"--init: trained on the paper's state, which this recipe does not use; {_MEND}")
+        raise PolicyError(f"--init: trained on the paper's state, which this recipe does not use; {MEND}")
     if len(shapes) != 3 or shapes[1][0] != shapes[1][1]:
-        raise PolicyError(f"--init: not a network with two hidden layers of one size; {_MEND}")
+        raise PolicyError(f"--init: not a network with two hidden layers of one size; {MEND}")
     return start.network, start.encoding
 
 
@@ -48,5 +48,5 @@ def reading_the_papers_state(start: TrainedPolicy) -> tuple[QNetwork, Encoding]:
         PolicyError: it reads another one.
     """
     if not isinstance(start.encoding, Encoding):
-        raise PolicyError(f"--init: not trained on the paper's state, as this recipe needs; {_MEND}")
+        raise PolicyError(f"--init: not trained on the paper's state, as this recipe needs; {MEND}")
     return start.network, start.encoding

@@ -1,19 +1,21 @@
 """Whole workloads, on which one network is judged after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from besteffort.advantages.sampling import Sampler
 from besteffort.q_network import QNetwork
+from besteffort.request import Requests
 from besteffort.simulator import Branching
 from besteffort.training.state import Evaluation
 from besteffort.training.trace_parts import TracePart
 from besteffort.training.workloads import TrainingWorkloads
 from besteffort.workload import stable, unpredictable_1, unpredictable_2
 
+# A seed that no training draws from, and no table of results may use: the best network is chosen by it.
+EVALUATION_SEED = 2**31
 RATES_PER_S = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 40.0, 48.0)
 
 
@@ -22,7 +24,7 @@ class Trials:
 
     def __init__(
         self,
-        sampler: Sampler,
+        branching_on: Callable[[Requests], Branching],
         workloads: TrainingWorkloads,
         parts: Sequence[TracePart],
         num_requests: int,
@@ -38,7 +40,7 @@ class Trials:
         self._num_random = len(drawn)
         drawn += workloads.pieces(parts, num_requests, rng)
         self._workloads, self._num_threads = workloads, num_threads
-        self._branchings = [sampler.branching_on(requests) for requests in drawn]
+        self._branchings = [branching_on(requests) for requests in drawn]
 
     def performance(self, network: QNetwork) -> NDArray[np.float64]:
         """Mean worth of the requests of each workload, shape `(W,)`."""

@@ -1,0 +1,266 @@
+"""What the policy saw, what it chose and what came of it, on disk; no request waits for that disk."""
+
+import logging
+import math
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from besteffort.artifacts.decisions_file import RECORDED, save_decisions
+from besteffort.errors import UsageError
+from besteffort.fleet import Fleet
+from besteffort.router.dispatcher import Decision, Route
+from besteffort.router.prompt_count import PromptCount, estimate
+from besteffort.router.request_body import RequestBody
+
+log = logging.getLogger(__name__)
+
+MAX_ROWS = 50_000  # of a part
+EVERY_S = 60.0
+_MAX_WAITING = 20_000  # rows, about 1 KiB each: what a slow disk may cost in memory
+_POLL_S = 0.1
+# Rows made into columns at once, and the rest after it: the interpreter's lock is held no longer than that.
+_BATCH, _REST_S = 256, 0.001
+_CLOSE_S = 10.0
+
+_NOTHING = np.zeros(0)
+
+Row = tuple[Any, ...]  # as `_columns` takes it apart
+
+
+class Entry:
+    """What is known of one request, until it has ended."""
+
+    __slots__ = ("_body", "_decision", "_log", "_prompt", "_request_id", "error", "feed")
+
+    def __init__(
+        self, log: "DecisionLog", decision: Decision | None, body: RequestBody, request_id: bytes
+    ) -> None:
+        self._log = log
+        self._decision = decision
+        self._body = body
+        self._request_id = request_id
+        self._prompt = PromptCount()
+        self.feed = self._prompt.feed  # with the answer's bytes
+        self.error: str | None = None  # an engine's
+
+    def end(
+        self,
+        route: Route,
+        outcome: str,
+        *,
+        status: int,  # 0: none was sent
+        num_retries: int,
+        began_at: float,  # s, by the dispatcher's clock; NaN: no stream
+        ended_at: float,
+        num_tokens: int,
+        latency_ms_per_token: float | None,
+        deadline_ms_per_token: float,
+    ) -> None:
+        stated, body = self._prompt.stated, self._body
+        self._log.add(
+            (
+                route,
+                self._decision,
+                self._request_id,
+                estimate(body.prompt) if stated is None else stated,
+                stated is None,
+                num_tokens or body.max_tokens or 1,
+                num_tokens,
+                num_retries,
+                outcome,
+                status or None,
+                self.error,
+                began_at,
+                ended_at,
+                latency_ms_per_token,
+                deadline_ms_per_token,
+            )
+        )
+
+
+class DecisionLog(Collector):
+    """Takes rows from the event loop, and writes them from a thread of its own, part by part.
+
+    A part is written under a temporary name and renamed once it has `max_rows` rows or is `every_s` old, so
+    that `kill -9` loses that much. What the disk is too slow or too full for is dropped and counted.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fleet: Fleet,
+        clock: Callable[[], float],  # the dispatcher's
+        say: Callable[[str], None],
+        *,
+        every_s: float = EVERY_S,
+        max_rows: int = MAX_ROWS,
+        max_waiting: int = _MAX_WAITING,
+        save: Callable[..., None] = save_decisions,
+    ) -> None:
+        self._folder = folder
+        self._fleet = fleet
+        self._epoch_s = time.time() - clock()
+        self._clock = clock
+        self._say = say
+        self._every_s, self._max_rows, self._max_waiting = every_s, max_rows, max_waiting
+        self._save = save
+        self._waiting: deque[Row] = deque()
+        self._batches: list[pa.RecordBatch] = []
+        self._num_rows = 0  # in these
+        self._part_began_at = math.nan
+        self._run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
+        self._num_parts = 0
+        self._num = Counter({"written": 0, "too_slow": 0, "not_written": 0})
+        self._num_told = 0  # of those dropped
+        self._complained = False
+        self._stop = threading.Event()
+        self._batch([])  # what Arrow loads when it is first used is loaded now
+        self._thread = threading.Thread(target=self._run, name="decision log", daemon=True)
+        self._thread.start()
+
+    def add(self, row: Row) -> None:
+        if len(self._waiting) < self._max_waiting:
+            self._waiting.append(row)
+        else:
+            self._num["too_slow"] += 1
+
+    def close(self) -> None:
+        """Write what is there; a disk that does not take it in time is left alone."""
+        self._stop.set()
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            self._say(
+                f"warning: the decision log in {self._folder} could not be ended within {_CLOSE_S:.0f} s"
+            )
+
+    def collect(self) -> Iterable[Metric]:
+        rows = CounterMetricFamily(
+            "besteffort_decision_log_rows",
+            "Requests: written; dropped since the disk was too slow; not written since it refused.",
+            labels=["outcome"],
+        )
+        for outcome, count in self._num.items():
+            rows.add_metric([outcome], count)
+        yield rows
+
+    # The following run in the thread.
+
+    def _run(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            self._work(ending=False)
+        while self._waiting or self._num_rows:
+            self._work(ending=True)
+
+    def _work(self, *, ending: bool) -> None:
+        try:
+            while self._waiting and self._num_rows < self._max_rows:
+                self._take()
+                if not ending:
+                    time.sleep(_REST_S)
+            is_old = self._clock() - self._part_began_at >= self._every_s
+            if self._num_rows >= self._max_rows or (self._num_rows and (is_old or ending)):
+                self._write()
+                self._batches, self._num_rows = [], 0
+        except Exception:  # serving goes on whatever becomes of its log
+            log.exception("a part of the decision log is lost")
+            self._num["not_written"] += self._num_rows
+            self._batches, self._num_rows = [], 0
+
+    def _take(self) -> None:
+        rows = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+        if not self._num_rows:
+            self._part_began_at = self._clock()
+        self._num_rows += len(rows)
+        self._batches.append(self._batch(rows))
+
+    def _write(self) -> None:
+        table, num_rows = pa.Table.from_batches(self._batches), self._num_rows
+        path = self._folder / f"decisions-{self._run_name}-{self._num_parts:05d}.parquet"
+        try:
+            self._save(path, table, self._fleet, {"stage": "serve"})
+        except UsageError as error:
+            self._num["not_written"] += num_rows
+            self._complain(f"{error}; until then requests are served and not logged")
+            return
+        self._num_parts += 1
+        self._num["written"] += num_rows
+        if self._num["too_slow"] > self._num_told:
+            self._num_told = self._num["too_slow"]
+            self._complain(f"{path}: the disk is too slow; what it cannot take is not logged, but counted")
+        elif self._complained:
+            self._complained = False
+            self._say(f"the decision log in {self._folder} is written again")
+
+    def _complain(self, line: str) -> None:
+        """Once, until it is well again."""
+        if not self._complained:
+            self._complained = True
+            self._say(f"warning: {line}")
+
+    def _batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
+        columns = zip(*(self._columns(row) for row in rows), strict=True) if rows else [()] * len(RECORDED)
+        pairs = zip(columns, RECORDED, strict=True)
+        return pa.RecordBatch.from_arrays([_array(*pair) for pair in pairs], schema=RECORDED)
+
+    def _columns(self, row: Row) -> Row:
+        """Those of `RECORDED`."""
+        (
+            route, decision, request_id, num_prompt, estimated, num_output, num_tokens, num_retries, outcome,
+            status, error, began_at, ended_at, latency, deadline,
+        ) = row  # fmt: skip
+        elapsed_ms = 1000.0 * (ended_at - route.arrived_at)
+        return (
+            self._epoch_s + route.arrived_at,
+            request_id.decode(),
+            route.task,
+            num_prompt,
+            estimated,
+            num_output,
+            num_tokens,
+            *_seen(decision),
+            route.model,
+            route.replica,
+            num_retries,
+            1000.0 * route.decision_s,
+            outcome,
+            status,
+            error,
+            elapsed_ms,
+            1000.0 * (began_at - route.arrived_at),
+            latency,
+            deadline,
+        )
+
+
+def _array(column: Sequence[Any], field: pa.Field) -> pa.Array:
+    """What Arrow makes of a column; of arrays in it, in a tenth of the time."""
+    if not pa.types.is_list(field.type):
+        return pa.array(column, field.type, from_pandas=True)
+    ends = np.cumsum([0, *(0 if values is None else values.size for values in column)], dtype=np.int32)
+    values = np.concatenate([_NOTHING, *(values for values in column if values is not None)], axis=None)
+    missing = pa.array([values is None for values in column], pa.bool_())
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values), field.type, mask=missing)
+
+
+def _seen(decision: Decision | None) -> Row:
+    if decision is None:
+        return (None,) * 6
+    seen = decision.observation
+    return (
+        decision.policy,
+        seen.arrival_rate_per_s,
+        seen.batch_sizes,
+        seen.neighbours,
+        decision.q_values,
+        decision.chosen,
+    )

@@ -1,0 +1,56 @@
+"""What profile and rewards say of a request as it is sent: how long it will take, what it is worth."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from besteffort.fleet import Fleet
+from besteffort.latency import Latency
+from besteffort.rewards import Rewards
+
+_MAX_BATCH_SIZE = 1024  # larger ones count as this
+
+
+class Forecast:
+    """Numbers in lists, of which one is looked up for each request. Either source may be missing."""
+
+    def __init__(self, fleet: Fleet, latency: Latency | None, rewards: Rewards | None) -> None:
+        self.relative_rewards: list[list[float]] | None = None
+        """Shape `(T, M)`, as `Rewards.relative`"""
+        if rewards is not None:
+            self.relative_rewards = rewards.relative.tolist()
+        self._steps_ms: list[list[float]] | None = None  # (M, batch size)
+        if latency is None:
+            return
+        num_output_tokens = np.array([round(sum(task.num_output_tokens) / 2) for task in fleet.tasks])
+        prefill_ms = latency.prefill_ms(
+            np.array([round(sum(task.num_prompt_tokens) / 2) for task in fleet.tasks])
+        )
+        self._steps_ms = latency.step_table_ms(_MAX_BATCH_SIZE).tolist()
+        self._slowdown: list[list[float]] = latency.slowdown.tolist()
+        self._prefill_ms_per_token: list[list[float]] = (prefill_ms / num_output_tokens).T.tolist()  # (T, M)
+        self._steps_per_token: list[float] = (1.0 - 1.0 / num_output_tokens).tolist()  # (T,)
+
+    def latency_ms_per_token(
+        self, task: int, model: int, batch_size: int, on_device: Sequence[int]
+    ) -> float | None:
+        """Of a request of the task's mean lengths; None without a profile.
+
+        As `Latency.predicted_ms_per_token`: if all batches stayed as they are. `batch_size` is that of
+        the request's replica, itself included, and `on_device` what is in flight there, by model.
+        """
+        if self._steps_ms is None:
+            return None
+        busy = 0
+        for other, count in enumerate(on_device):
+            if count:
+                busy |= 1 << other
+        step_ms = self._steps_ms[model][batch_size if batch_size < _MAX_BATCH_SIZE else _MAX_BATCH_SIZE]
+        alone = self._prefill_ms_per_token[task][model] + self._steps_per_token[task] * step_ms
+        return self._slowdown[model][busy] * alone
+
+    def utility_given_up(self, task: int, model: int) -> float | None:
+        """By not taking the fleet's largest model, relative to the task's best; None without rewards."""
+        if self.relative_rewards is None:
+            return None
+        return self.relative_rewards[task][-1] - self.relative_rewards[task][model]

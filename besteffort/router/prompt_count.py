@@ -1,0 +1,35 @@
+"""How many tokens a prompt held: as the answer's usage states it, else by the prompt's bytes."""
+
+import re
+
+_KEY = b'"prompt_tokens"'
+_USAGE = re.compile(rb'"prompt_tokens"\s{0,64}:\s{0,64}(\d{1,18})\s{0,64}[,}]')
+_OVERLAP = 192  # at least the longest match
+_BYTES_PER_TOKEN = 4  # of English, in the vocabularies of today
+
+
+class PromptCount:
+    """Fed with an answer's bytes as they pass; as in `token_count`, nothing is decoded."""
+
+    __slots__ = ("_tail", "stated")
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self.stated: int | None = None
+
+    def feed(self, data: bytes) -> None:
+        if self._tail:
+            data = self._tail + data
+        if _KEY in data and (found := _USAGE.findall(data)):
+            self.stated = int(found[-1])
+        self._tail = data[-_OVERLAP:]
+
+
+def estimate(prompt: memoryview | None) -> int:
+    """Of a prompt or messages, in JSON; at least 1. Token ids are counted, text is measured."""
+    if prompt is None:
+        return 1
+    begin = bytes(prompt[:16])
+    if begin.startswith(b"[") and begin[1:].lstrip()[:1].isdigit():
+        return bytes(prompt).count(b",") + 1
+    return max(1, len(prompt) // _BYTES_PER_TOKEN)
