@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from besteffort.artifacts import files
-from besteffort.artifacts.profile_file import save_samples, with_fit
+from besteffort.artifacts.profile_file import save_samples
 from besteffort.errors import UsageError
 from besteffort.fleet import load_fleet
+from besteffort.latency import fit_latency
 from besteffort.profiling.verdict import suggest_deadlines
 from besteffort.progress import Progress
 from besteffort.roofline import facts_of, gpu_named, model_samples
@@ -37,7 +38,7 @@ def model_profile(
     fleet = load_fleet(fleet_dir)
     if fleet.num_gpus == 0:
         raise UsageError(f"fleet {fleet.name!r} has no GPU to model: measure it, or give it num_gpus")
-    samples, latency = with_fit(model_samples(fleet, gpu), fleet)
+    samples = model_samples(fleet, gpu)
     facts = {
         "stage": "profile",
         "source": "modelled",
@@ -50,5 +51,6 @@ def model_profile(
     save_samples(output, samples, facts)
     progress.say(f"wrote {output}: {len(samples)} samples, modelled for {gpu_name}; nothing was measured")
     if suggest_deadline:
+        latency = fit_latency(samples, fleet.model_names)
         for line in suggest_deadlines(fleet, latency).lines:
             progress.say(line)
