@@ -177,11 +177,11 @@ def test_waves_and_joining_prompts_are_measured_on_an_engine_that_is_played() ->
             waves = wave_paces_ms(target, 2, 8, 12, 100)
             pace_ms = await anext(waves)
             await waves.aclose()  # type: ignore[attr-defined]
-            return pace_ms, len(await joined_prompts(target, 2, 8, 3, 2.0))
+            return pace_ms, len(await joined_prompts(target, 2, 8, 3, 30.0))
 
-    with serving(FakeEngine("played", 0.002, counts=True).app) as url:
+    with serving(FakeEngine("played", 0.03, counts=True).app) as url:
         pace_ms, num_joined = asyncio.run(measure(url))
-    assert pace_ms >= 2.0  # it sleeps that long for each token
+    assert pace_ms >= 30.0  # it sleeps that long for each token
     assert 0 < num_joined <= 3
 
 
