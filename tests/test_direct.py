@@ -56,6 +56,9 @@ def with_models(service: Service, num_models: int) -> Service:
         prefill_base_ms=service.latency.prefill_base_ms[:num_models],
         prefill_ms_per_token=service.latency.prefill_ms_per_token[:num_models],
         slowdown=service.latency.slowdown[:num_models, : 2**num_models],
+        context_ms_per_token=service.latency.context_ms_per_token[:num_models],
+        overhead_ms=service.latency.overhead_ms[:num_models],
+        pressure=service.latency.pressure[:num_models, :num_models],
     )
     rewards = replace(
         service.rewards,

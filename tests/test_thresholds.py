@@ -157,6 +157,9 @@ def test_a_fleet_of_one_model_has_nothing_to_tune() -> None:
         prefill_base_ms=service.latency.prefill_base_ms[:1],
         prefill_ms_per_token=service.latency.prefill_ms_per_token[:1],
         slowdown=np.ones((1, 2)),
+        context_ms_per_token=np.zeros(1),
+        overhead_ms=np.zeros(1),
+        pressure=np.zeros((1, 1)),
     )
     values = service.rewards.values[:, :1]
     rewards = Rewards(values, values, np.zeros((2, 1), dtype=np.int64), ("acc",) * 2, "given")
