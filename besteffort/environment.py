@@ -15,7 +15,7 @@ from besteffort.arrivals import arrival_rates_per_s
 from besteffort.deadline import deadline_weight
 from besteffort.fleet import Fleet
 from besteffort.latency import Latency
-from besteffort.observation import Encoding
+from besteffort.observation import Encoding, FleetEncoding
 from besteffort.request import Requests
 from besteffort.rewards import Rewards
 from besteffort.simulator import ParallelFleets
@@ -75,6 +75,17 @@ def encoding_for(fleet: Fleet) -> Encoding:
         num_models=len(fleet.models),
         batch_scale=max(model.max_num_seqs for model in fleet.models) / 4,
         rate_scale_per_s=HIGHEST_RATE_PER_S / 2 * fleet.rate_scale,
+    )
+
+
+def fleet_encoding_with(fleet: Fleet, spans_s: tuple[float, ...]) -> FleetEncoding:
+    """The same scales, around what surrounds a replica and the rates over these spans."""
+    return FleetEncoding(
+        num_tasks=len(fleet.tasks),
+        num_models=len(fleet.models),
+        in_flight_scale=tuple(model.max_num_seqs / 4 for model in fleet.models),
+        rate_scale_per_s=HIGHEST_RATE_PER_S / 2 * fleet.rate_scale,
+        spans_s=spans_s,
     )
 
 

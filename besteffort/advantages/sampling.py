@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from besteffort.advantages.recipe import AdvantageRecipe
 from besteffort.arrivals import arrival_rates_per_s, recent_rates_per_s
-from besteffort.environment import HIGHEST_RATE_PER_S, Service
+from besteffort.environment import Service, fleet_encoding_with
 from besteffort.fleet import Fleet
 from besteffort.observation import FleetEncoding
 from besteffort.q_network import QNetwork
@@ -24,14 +24,8 @@ SLOWEST_PER_S, FASTEST_PER_S = 0.12, 52.0
 
 
 def fleet_encoding_for(fleet: Fleet) -> FleetEncoding:
-    """Scales that bring a busy fleet's observations to about 1."""
-    return FleetEncoding(
-        num_tasks=len(fleet.tasks),
-        num_models=len(fleet.models),
-        in_flight_scale=tuple(model.max_num_seqs / 4 for model in fleet.models),
-        rate_scale_per_s=HIGHEST_RATE_PER_S / 2 * fleet.rate_scale,
-        spans_s=tuple(share * fleet.request_life_s for share in (0.125, 0.5, 2.0)),
-    )
+    """With rates over shares of a life."""
+    return fleet_encoding_with(fleet, tuple(share * fleet.request_life_s for share in (0.125, 0.5, 2.0)))
 
 
 @dataclass(frozen=True)

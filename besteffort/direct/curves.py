@@ -25,6 +25,9 @@ def log_rate(rate_per_s: NDArray[np.float64] | float) -> NDArray[np.float64]:
     return np.asarray(0.5 * np.log(np.asarray(rate_per_s) + 0.1))
 
 
+LOG_KNOTS = log_rate(np.array(KNOTS_PER_S))
+
+
 @dataclass(frozen=True)
 class ThresholdCurves:
     """`K` knots, `T` tasks, and the models 1 to M - 1."""
@@ -90,10 +93,10 @@ class ThresholdCurves:
     @property
     def bin_levels(self) -> Levels:
         """Shape `(B, T, M - 1)`; the last bin is the calm fleet."""
-        edges, knots = _bin_edges(), log_rate(np.array(KNOTS_PER_S))
-        middles = np.concatenate([knots[:1], 0.5 * (edges[1:] + edges[:-1]), knots[-1:]])
-        flat = self.levels.reshape(len(knots), -1)
-        columns = [np.interp(middles, knots, column) for column in flat.T]
+        edges = _bin_edges()
+        middles = np.concatenate([edges[:1], 0.5 * (edges[1:] + edges[:-1]), edges[-1:]])
+        flat = self.levels.reshape(len(LOG_KNOTS), -1)
+        columns = [np.interp(middles, LOG_KNOTS, column) for column in flat.T]
         of_bins = np.stack(columns, axis=1) if columns else np.zeros((len(middles), 0))
         return np.concatenate([of_bins.reshape(len(middles), *self.levels.shape[1:]), self.calm_levels[None]])
 
@@ -105,6 +108,5 @@ class ThresholdCurves:
 
 
 def _bin_edges() -> NDArray[np.float64]:
-    knots = log_rate(np.array(KNOTS_PER_S))
-    places = np.arange((len(knots) - 1) * BINS_PER_KNOT + 1) / BINS_PER_KNOT
-    return np.interp(places, np.arange(len(knots)), knots)
+    places = np.arange((len(LOG_KNOTS) - 1) * BINS_PER_KNOT + 1) / BINS_PER_KNOT
+    return np.interp(places, np.arange(len(LOG_KNOTS)), LOG_KNOTS)

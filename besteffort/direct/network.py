@@ -9,8 +9,8 @@ first: so the highest value is the largest model with room, and the smallest mod
 import numpy as np
 from numpy.typing import NDArray
 
-from besteffort.direct.curves import KNOTS_PER_S, ThresholdCurves, log_rate
-from besteffort.environment import HIGHEST_RATE_PER_S
+from besteffort.direct.curves import LOG_KNOTS, ThresholdCurves
+from besteffort.environment import fleet_encoding_with
 from besteffort.fleet import Fleet
 from besteffort.observation import FleetEncoding
 from besteffort.q_network import QNetwork
@@ -28,13 +28,7 @@ Unit = tuple[dict[int, float], float]  # weights by input, and a bias
 
 
 def direct_encoding_for(fleet: Fleet) -> FleetEncoding:
-    return FleetEncoding(
-        num_tasks=len(fleet.tasks),
-        num_models=len(fleet.models),
-        in_flight_scale=tuple(model.max_num_seqs / 4 for model in fleet.models),
-        rate_scale_per_s=HIGHEST_RATE_PER_S / 2 * fleet.rate_scale,
-        spans_s=tuple(span_s / fleet.rate_scale for span_s in SPANS_S),
-    )
+    return fleet_encoding_with(fleet, tuple(span_s / fleet.rate_scale for span_s in SPANS_S))
 
 
 def network_of_curves(curves: ThresholdCurves, encoding: FleetEncoding) -> QNetwork:
@@ -57,9 +51,7 @@ def _first_layer(curves: ThresholdCurves, encoding: FleetEncoding) -> tuple[Floa
     columns: list[Unit] = []
     for task in range(tasks_at, tasks_at + num_tasks):
         columns.append(({task: 1.0}, 0.0))
-        columns += [
-            ({short: 1.0, task: _GATE}, -_GATE - float(knot)) for knot in log_rate(np.array(KNOTS_PER_S))
-        ]
+        columns += [({short: 1.0, task: _GATE}, -_GATE - knot) for knot in LOG_KNOTS.tolist()]
     columns += [({num_models + model: 1.0}, 0.0) for model in range(num_models)]
     for look, below in zip((long, glance), curves.calm_below.tolist(), strict=True):
         columns += [({look: 1.0 / RAMP}, -below / RAMP), ({look: 1.0 / RAMP}, -below / RAMP - 1.0)]
@@ -113,7 +105,7 @@ def _matrix(columns: list[Unit], num_inputs: int) -> tuple[Floats, Floats]:
 
 def _slopes(levels: Floats) -> Floats:
     """Of lines from knot to knot a constant and changes of slope, `(T, 1 + K, M - 1)` of `(K, T, M - 1)`."""
-    gaps = np.diff(log_rate(np.array(KNOTS_PER_S)))
+    gaps = np.diff(LOG_KNOTS)
     slopes = np.diff(levels, axis=0) / gaps[:, None, None]
     flat = np.zeros_like(levels[:1])
     changes = np.diff(np.concatenate([flat, slopes, flat]), axis=0)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from besteffort.artifacts.policy_file import TrainedPolicy
-from besteffort.direct.curves import KNOTS_PER_S, ThresholdCurves, log_rate
+from besteffort.direct.curves import LOG_KNOTS, ThresholdCurves
 from besteffort.direct.network import HALF_LN2, RAMP, SPANS_S, Floats, network_of_curves
 from besteffort.errors import PolicyError
 from besteffort.observation import FleetEncoding
@@ -14,7 +14,7 @@ from besteffort.training.start import MEND
 def curves_of_network(network: QNetwork, encoding: FleetEncoding) -> ThresholdCurves | None:
     """What `network_of_curves` was given, to float32 rounding; None if the network is none of these."""
     num_tasks, num_models = encoding.num_tasks, encoding.num_models
-    num_knots, num_others = len(KNOTS_PER_S), num_models - 1
+    num_knots, num_others = len(LOG_KNOTS), num_models - 1
     if len(encoding.spans_s) != len(SPANS_S):
         return None
     like = network_of_curves(_flat(num_knots, num_tasks, num_others), encoding)
@@ -53,7 +53,6 @@ def _flat(num_knots: int, num_tasks: int, num_others: int) -> ThresholdCurves:
 
 def _levels(slopes: Floats) -> Floats:
     """What `_slopes` was given."""
-    knots = log_rate(np.array(KNOTS_PER_S))
-    hinges = np.maximum(knots[:, None] - knots[None, :], 0.0)  # (K, K)
+    hinges = np.maximum(LOG_KNOTS[:, None] - LOG_KNOTS[None, :], 0.0)  # (K, K)
     along = np.einsum("kj,tjm->ktm", hinges, slopes[:, 1:])
     return np.asarray(slopes[:, 0][None] + along)
