@@ -20,6 +20,7 @@ from besteffort.fleet import Fleet
 from besteffort.policies import Static
 from besteffort.router import Dispatcher, Limits
 from besteffort.router.breaker import Breaker, State
+from besteffort.router.loads import Standing
 from tests.fake_engine import EngineProcess, FakeEngine, plain_answer, serving, wait_for
 from tests.routing import Door, completion, door, limited, routing
 
@@ -125,7 +126,7 @@ def test_streams_that_had_begun_at_an_engine_that_is_killed_end_with_an_error_ev
     wait_for(lambda: trio.dispatcher.in_flight == [[0, 0], [0]])
 
 
-def test_a_model_of_which_every_replica_is_down_is_refused_to_who_insists_and_others_are_served(
+def test_a_model_of_which_every_replica_is_down_fails_for_who_insists_and_others_are_served(
     fleet: Fleet,
 ) -> None:
     dead = [Engine(f"http://127.0.0.1:{free_port()}", "x") for _ in range(2)]
@@ -137,7 +138,7 @@ def test_a_model_of_which_every_replica_is_down_is_refused_to_who_insists_and_ot
             for _ in range(3):
                 assert before.ask(completion(b"{}"))[0].headers["x-besteffort-model"] == "large"
             response, body = before.ask(completion(b'{"model":"small"}'))
-            assert (response.status, json.loads(body)["error"]["code"]) == (503, "no_replica")
+            assert (response.status, json.loads(body)["error"]["code"]) == (502, "engine_failed")
             assert 25 <= int(response.headers["retry-after"]) <= 60  # until the next of them is asked
             _, metrics = before.ask(b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n")
             assert b'besteffort_retries_total{model="small",replica="1",task="copa"} 3.0' in metrics
@@ -188,7 +189,9 @@ def says_nothing(connection: socket.socket) -> None:
 _GOOD = plain_answer()
 
 
-def test_no_request_passes_while_an_engine_is_asked_how_it_is(fleet: Fleet) -> None:
+def test_where_no_other_is_left_an_engine_that_failed_is_tried_before_it_says_that_it_is_well(
+    fleet: Fleet,
+) -> None:
     go_on = threading.Event()
 
     def after_a_while(connection: socket.socket) -> None:
@@ -204,8 +207,11 @@ def test_no_request_passes_while_an_engine_is_asked_how_it_is(fleet: Fleet) -> N
         assert health(one)[1]["breakers"] == {"small": ["half-open", "half-open"], "large": ["half-open"]}
         for body in (b'{"model":"large"}', b"{}"):
             response, _ = one.ask(completion(body))
-            assert (response.status, response.headers["retry-after"]) == (503, "1")
+            assert (response.status, response.headers["retry-after"]) == (502, "1")
         script.answer = lambda connection: connection.sendall(_GOOD)
+        for body in (b'{"model":"large"}', b"{}"):
+            assert one.ask(completion(body))[0].status == 200
+        assert health(one)[1]["status"] == "down"
         go_on.set()
         wait_for(lambda: health(one)[1]["status"] == "ok")
         assert health(one)[0] == 200
@@ -235,6 +241,17 @@ def test_an_engine_is_asked_until_it_is_well(fleet: Fleet, says: Callable[[socke
         script.says = lambda connection: connection.sendall(b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n")
         wait_for(lambda: health(one)[1]["status"] == "ok")
         assert metric(one, 'besteffort_breaker_openings_total{model="large",replica="0"}') == 1
+
+
+def test_an_engine_that_hangs_is_not_tried_again_before_it_says_that_it_is_well(fleet: Fleet) -> None:
+    script = Moody(answer=says_nothing, says=says_nothing)
+    with moody(fleet, script, first_byte_s=0.2, probe_wait_s=60.0, max_probe_wait_s=60.0) as one:
+        for _ in range(3):
+            assert one.ask(_LARGE)[0].status == 504
+        response, body = one.ask(_LARGE)
+        assert (response.status, json.loads(body)["error"]["code"]) == (503, "no_replica")
+        assert 25 <= int(response.headers["retry-after"]) <= 60
+        assert len(one.engine.requests) == 3
 
 
 def test_an_engine_that_is_well_by_its_own_account_but_hangs_is_tried_with_one_request(fleet: Fleet) -> None:
@@ -276,13 +293,17 @@ class Played:
         self.limits = Limits(probe_wait_s=1.0, max_probe_wait_s=10.0, faults_to_open=2)
         self.loop = self
         self.base_path, self.authority = b"", b"a"
-        self.up = True
+        self.standing = Standing.UP
         self.waits_s: list[float] = []
         self.breaker = Breaker(self, self.turn, np.random.default_rng(1))  # type: ignore[arg-type]
 
-    def turn(self, up: bool) -> None:
-        assert up != self.up, "it was so already"
-        self.up = up
+    def turn(self, standing: Standing) -> None:
+        assert standing is not self.standing, "it was so already"
+        self.standing = standing
+
+    @property
+    def up(self) -> bool:
+        return self.standing is Standing.UP
 
     def time(self) -> float:
         return 0.0
@@ -350,3 +371,22 @@ def test_an_answer_from_before_it_opened_does_not_close_it() -> None:
         engine.breaker.failed()
     engine.breaker.answered(200)
     assert (engine.up, engine.breaker.state) == (False, State.OPEN)
+
+
+def test_how_an_engine_stands_follows_from_how_it_fails_and_from_what_it_says() -> None:
+    engine = Played()
+    for _ in range(2):
+        engine.breaker.failed()
+    assert engine.standing is Standing.SUSPECT
+    engine.probe(503)
+    assert engine.standing is Standing.UNWELL
+    engine.breaker.failed()  # of one that was tried all the same
+    assert engine.standing is Standing.UNWELL
+    engine.breaker.failed(hangs=True)
+    assert engine.standing is Standing.OUT
+    engine.probe(503)  # at once
+    assert engine.standing is Standing.UNWELL
+    engine.probe(200)
+    assert engine.up
+    engine.breaker.failed(hangs=True)
+    assert engine.standing is Standing.OUT

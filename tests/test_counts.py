@@ -20,6 +20,7 @@ from besteffort.router.app import App
 from besteffort.router.breaker import State
 from besteffort.router.client_connection import ClientConnection
 from besteffort.router.dispatcher import NoReplicaError
+from besteffort.router.loads import Standing
 from besteffort.router.server import Server
 from besteffort.router.watch import Watch
 from tests.fake_engine import plain_answer
@@ -44,6 +45,8 @@ _FROM_ENGINES = (
     b"0\r\n\r\n",
     b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n",
     b"HTTP/1.1 400 Bad\r\ncontent-length: 2\r\n\r\n{}",
+    b"HTTP/1.1 500 Dead\r\ncontent-length: 2\r\n\r\n{}",
+    b"HTTP/1.1 500 Dead\r\ncontent-length: 2\r\n\r\n{}garbage",
     b"HTTP/1.1 200 OK\r\n\r\nuntil the end",
     b"garbage\r\n\r\n",
 )
@@ -239,14 +242,18 @@ async def play(fleet: Fleet, seed: int) -> dict[str, int]:
 
 
 def check_health(app: App, dispatcher: Dispatcher) -> None:
-    """Requests go where a breaker is closed, and nowhere else."""
+    """Requests go where a breaker is closed; where none is, to one that does not hang."""
     for model, of_model in enumerate(app.health.breakers):
-        if all(breaker.state is not State.CLOSED for breaker in of_model):
+        standings = [breaker.standing for breaker in of_model]
+        assert [breaker.state is State.CLOSED for breaker in of_model] == [
+            standing is Standing.UP for standing in standings
+        ]
+        if min(standings) is Standing.OUT:
             with pytest.raises(NoReplicaError):
                 dispatcher.begin(0, model)
         else:
             with dispatcher.route(0, model) as route:
-                assert app.health.of(route).state is State.CLOSED
+                assert app.health.of(route).standing is min(standings)
 
 
 async def close(app: App, network: Any) -> None:

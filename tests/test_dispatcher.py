@@ -16,6 +16,7 @@ from besteffort.observation import Observation
 from besteffort.policies import Static
 from besteffort.router import Dispatcher
 from besteffort.router.dispatcher import NoReplicaError, Route
+from besteffort.router.loads import Standing
 
 NUM_REPLICAS = (3, 2, 4)
 REPLICAS = [(model, replica) for model, number in enumerate(NUM_REPLICAS) for replica in range(number)]
@@ -53,9 +54,9 @@ def make(policy: Turns | Static) -> Dispatcher:
     return Dispatcher(FLEET, policy, engines, clock=lambda: TICK_S * next(ticks))
 
 
-def take_down(dispatcher: Dispatcher, model: int) -> None:
+def take_down(dispatcher: Dispatcher, model: int, standing: Standing = Standing.OUT) -> None:
     for replica in range(NUM_REPLICAS[model]):
-        dispatcher.set_available(model, replica, False)
+        dispatcher.stand(model, replica, standing)
 
 
 class Books:
@@ -65,7 +66,7 @@ class Books:
         self.policy = Turns()
         self.dispatcher = make(self.policy)
         self.running: list[Route] = []
-        self.down: set[tuple[int, int]] = set()
+        self.standings = dict.fromkeys(REPLICAS, Standing.UP)
         self.rate_per_s = 0.0
         self._estimator = ArrivalRateEstimator()
 
@@ -76,7 +77,7 @@ class Books:
 
     def begin(self, pinned: int | None) -> None:
         wanted = len(self.policy.seen) % len(NUM_REPLICAS) if pinned is None else pinned
-        place = self._place(wanted, pinned is not None, self.down)
+        place = self._place(wanted, pinned is not None, self.standings)
         # The clock moves on with each reading, and the next one is the arrival.
         self.rate_per_s = self._estimator.observe(self.dispatcher.clock() + TICK_S)
         self._note(place, lambda: self.dispatcher.begin(0, pinned))
@@ -84,24 +85,28 @@ class Books:
     def begin_again(self, nth: int) -> None:
         failed = self.running[nth]
         tried = {(failed.model, failed.replica)}
-        place = self._place(failed.model, failed.pinned, self.down | tried)
+        out = dict.fromkeys(tried, Standing.OUT)
+        place = self._place(failed.model, failed.pinned, self.standings | out)
         self._note(place, lambda: self.dispatcher.begin_again(failed, tried))
 
     def end(self, nth: int) -> None:
         self.dispatcher.end(self.running.pop(nth))
 
-    def turn(self, place: tuple[int, int]) -> None:
-        self.down ^= {place}
-        self.dispatcher.set_available(*place, place not in self.down)
+    def stand(self, place: tuple[int, int], standing: Standing) -> None:
+        self.standings[place] = standing
+        self.dispatcher.stand(*place, standing)
 
-    def _place(self, wanted: int, pinned: bool, out: set[tuple[int, int]]) -> tuple[int, int] | None:
+    def _place(
+        self, wanted: int, pinned: bool, standings: dict[tuple[int, int], Standing]
+    ) -> tuple[int, int] | None:
         """Where a request must go that should go to the model `wanted`."""
         nearest = [*range(wanted, -1, -1), *range(wanted + 1, len(NUM_REPLICAS))]
-        for model in nearest[:1] if pinned else nearest:
-            counts = self.in_flight[model]
-            up = [replica for replica in range(len(counts)) if (model, replica) not in out]
-            if up:
-                return model, min(up, key=lambda replica: (counts[replica], replica))
+        for standing in (Standing.UP, Standing.SUSPECT, Standing.UNWELL):
+            for model in nearest[:1] if pinned else nearest:
+                counts = self.in_flight[model]
+                such = [replica for replica in range(len(counts)) if standings[model, replica] is standing]
+                if such:
+                    return model, min(such, key=lambda replica: (counts[replica], replica))
         return None
 
     def _note(self, place: tuple[int, int] | None, begin: Callable[[], Route]) -> None:
@@ -126,7 +131,7 @@ def test_whatever_begins_ends_and_fails_the_counts_are_exact_and_end_at_zero(
         if what == "begin":
             books.begin(data.draw(st.sampled_from([None, None, 0, 1, 2])))
         elif what == "turn":
-            books.turn(data.draw(st.sampled_from(REPLICAS)))
+            books.stand(data.draw(st.sampled_from(REPLICAS)), data.draw(st.sampled_from(Standing)))
         elif books.running:
             nth = data.draw(st.integers(0, len(books.running) - 1))
             (books.end if what == "end" else books.begin_again)(nth)
@@ -158,7 +163,7 @@ def test_a_policy_sees_which_models_are_closed_and_batches_without_what_is_down(
             stack.enter_context(dispatcher.route(0, pinned=2))
         for _ in range(2):
             stack.enter_context(dispatcher.route(0, pinned=2))
-        dispatcher.set_available(2, 0, False)  # with two requests; the others have 2, 1 and 1
+        dispatcher.stand(2, 0, Standing.SUSPECT)  # with two requests; the others have 2, 1 and 1
         take_down(dispatcher, 1)
         stack.enter_context(dispatcher.route(0))
     assert policy.seen[-1].closed == (1,)
@@ -173,13 +178,25 @@ def test_a_model_that_is_down_gives_way_to_the_next_smaller_and_then_to_a_larger
     take_down(dispatcher, 0)
     with dispatcher.route(0) as route:
         assert route.model == 2
-    dispatcher.set_available(1, 1, True)
+    dispatcher.stand(1, 1, Standing.UP)
     with dispatcher.route(0) as route:
         assert (route.model, route.replica) == (1, 1)
 
 
+def test_where_no_model_is_up_the_one_that_stands_best_is_tried() -> None:
+    dispatcher = make(Static(1, "static:middle"))
+    for model, standing in enumerate((Standing.UNWELL, Standing.OUT, Standing.SUSPECT)):
+        take_down(dispatcher, model, standing)
+    for expected in (2, 0):
+        with dispatcher.route(0) as route:
+            assert route.model == expected
+        take_down(dispatcher, 2)
+
+
 def test_a_pinned_request_goes_to_no_other_model() -> None:
     dispatcher = make(Turns())
+    take_down(dispatcher, 2, Standing.SUSPECT)
+    assert dispatcher.begin(0, pinned=2).model == 2
     take_down(dispatcher, 2)
     with pytest.raises(NoReplicaError, match="no replica of large is up"):
         dispatcher.begin(0, pinned=2)

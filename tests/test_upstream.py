@@ -16,6 +16,7 @@ from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin, Static
 from besteffort.router import Dispatcher
+from besteffort.router.loads import Standing
 from tests.fake_engine import plain_answer, wait_for
 from tests.routing import Door, completion, door, limited, read_response, routing
 
@@ -258,10 +259,10 @@ def test_a_request_that_took_an_engine_too_long_is_not_put_on_the_next(fleet: Fl
         assert len(one.engine.requests) == 1
 
 
-def test_where_every_replica_is_down_clients_are_told_to_come_again(fleet: Fleet) -> None:
+def test_where_every_replica_hangs_clients_are_told_to_come_again(fleet: Fleet) -> None:
     with door(fleet, sends(b"")) as one:
         for model, replica in ((0, 0), (0, 1), (1, 0)):
-            one.dispatcher.set_available(model, replica, False)
+            one.dispatcher.stand(model, replica, Standing.OUT)
         response, body = one.ask(_REQUEST)
         assert (response.status, json.loads(body)["error"]["code"]) == (503, "no_replica")
         assert response.headers["retry-after"] == "1"

@@ -9,10 +9,11 @@ from enum import StrEnum
 
 import numpy as np
 
+from besteffort.router.loads import Standing
 from besteffort.router.probe import Probe
 from besteffort.router.upstream import Upstream
 
-# A gateway's, that has no engine behind it. A 500 may be the request's own fault, and tells nothing.
+# A gateway's, that has no engine behind it.
 _NOBODY_THERE = (502, 503, 504)
 _MAX_DOUBLINGS = 30
 
@@ -29,10 +30,13 @@ class Breaker:
     Closed by a good answer, it opens again at the next fault until a request is answered: an engine that is
     well by its own account but answers nothing is tried with one request at a time, less and less often too.
 
-    `turn` hears whether requests may pass, each time that this changes.
+    `turn` hears how the engine stands, each time that this changes: `UP` as long as the breaker is closed.
+    `OUT` is one that hangs; others show at once that they still fail, and may be tried where none is left.
     """
 
-    def __init__(self, upstream: Upstream, turn: Callable[[bool], None], rng: np.random.Generator) -> None:
+    def __init__(
+        self, upstream: Upstream, turn: Callable[[Standing], None], rng: np.random.Generator
+    ) -> None:
         self._upstream = upstream
         self._turn = turn
         self._rng = rng
@@ -40,6 +44,7 @@ class Breaker:
         self._num_waits = 0  # since a request was answered
         self._timer: asyncio.TimerHandle | None = None
         self._probe: Probe | None = None
+        self.standing = Standing.UP
         self.state = State.CLOSED
         self.asks_at = 0.0  # s, by the event loop's clock; while it is open
         self.num_openings = 0
@@ -49,18 +54,19 @@ class Breaker:
         """A request got the head of an answer."""
         if status in _NOBODY_THERE:
             self.failed()
-        elif self._num_faults and self.state is State.CLOSED:
+        elif self._num_faults and status < 500 and self.state is State.CLOSED:
             self._num_faults = self._num_waits = 0
 
-    def failed(self) -> None:
-        """A request got no answer. Those that were on their way when it opened change nothing."""
-        if self.state is not State.CLOSED:
-            return
-        self._num_faults += 1
-        if self._num_faults >= self._upstream.limits.faults_to_open:
-            self.num_openings += 1
-            self._turn(False)
-            self._wait()
+    def failed(self, *, hangs: bool = False) -> None:
+        """A request got no answer; `hangs`: it took long to notice. While it is open no more is counted."""
+        if self.state is State.CLOSED:
+            self._num_faults += 1
+            if self._num_faults >= self._upstream.limits.faults_to_open:
+                self.num_openings += 1
+                self._stand(Standing.OUT if hangs else Standing.SUSPECT)
+                self._wait()
+        elif hangs:
+            self._stand(Standing.OUT)
 
     def close(self) -> None:
         """For good: nothing is asked any more."""
@@ -69,6 +75,11 @@ class Breaker:
         if self._probe is not None:
             self._probe.cancel()
         self._timer = self._probe = None
+
+    def _stand(self, standing: Standing) -> None:
+        if standing is not self.standing:
+            self.standing = standing
+            self._turn(standing)
 
     def _wait(self) -> None:
         limits = self._upstream.limits
@@ -85,12 +96,13 @@ class Breaker:
         self.state = State.HALF_OPEN
         self._probe = Probe(self._upstream, self._heard)
 
-    def _heard(self, well: bool) -> None:
+    def _heard(self, standing: Standing) -> None:
         self._probe = None
-        self.num_probes["ok" if well else "failed"] += 1
-        if not well:
+        if standing is Standing.UP:
+            self.num_probes["ok"] += 1
+            self._num_faults = self._upstream.limits.faults_to_open - 1
+            self.state = State.CLOSED
+        else:
+            self.num_probes["failed"] += 1
             self._wait()
-            return
-        self._num_faults = self._upstream.limits.faults_to_open - 1
-        self.state = State.CLOSED
-        self._turn(True)
+        self._stand(standing)

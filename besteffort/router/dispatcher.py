@@ -16,13 +16,13 @@ from besteffort.fleet import Fleet
 from besteffort.observation import Observation
 from besteffort.policies import HasQValues, Policy, Remembers
 from besteffort.router.forecast import Forecast
-from besteffort.router.loads import Loads
+from besteffort.router.loads import Loads, Standing
 
 _NUM_REMEMBERED = 32_768  # arrivals, for a policy that is put in charge while requests come
 
 
 class NoReplicaError(EngineError):
-    """Every replica that could take the request is down."""
+    """No replica that could take the request is one that anything may be sent to."""
 
 
 @dataclass(slots=True)  # not frozen: it would take three times as long to make
@@ -97,7 +97,7 @@ class Dispatcher:
         `pinned` is a model that the client insists on; its request counts all the same.
 
         Raises:
-            NoReplicaError: every replica is down, or every one of the pinned model.
+            NoReplicaError: every replica is out, or every one of the pinned model.
         """
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
@@ -118,16 +118,16 @@ class Dispatcher:
         route is not ended by this. The policy is not asked again, and sees no second arrival.
 
         Raises:
-            NoReplicaError: as `begin`; those that were tried are as good as down.
+            NoReplicaError: as `begin`; those that were tried are as good as out.
         """
-        out = [pair for pair in set(tried) if self._loads.is_up(*pair)]
+        before = {pair: self._loads.standing(*pair) for pair in tried}
         try:
-            for model, replica in out:
-                self._loads.set_up(model, replica, False)
+            for pair in before:
+                self._loads.stand(*pair, Standing.OUT)
             route = self._send(failed.task, failed.model, failed.arrived_at, failed.pinned)
         finally:
-            for model, replica in out:
-                self._loads.set_up(model, replica, True)
+            for pair, standing in before.items():
+                self._loads.stand(*pair, standing)
         route.decision_s, route.policy = failed.decision_s, failed.policy
         return route
 
@@ -135,9 +135,9 @@ class Dispatcher:
         """Once for each route that began."""
         self._loads.add(route.model, route.replica, -1)
 
-    def set_available(self, model: int, replica: int, available: bool) -> None:
-        """Whether requests may go to the replica. What is in flight there goes on until it is ended."""
-        self._loads.set_up(model, replica, available)
+    def stand(self, model: int, replica: int, standing: Standing) -> None:
+        """How the replica stands from now on. What is in flight there goes on until it is ended."""
+        self._loads.stand(model, replica, standing)
 
     def put_in_charge(self, policy: Policy) -> None:
         """Let another policy decide from the next request on, as if it had seen the last arrivals."""
@@ -176,12 +176,17 @@ class Dispatcher:
         return Route(task, model, replica, engine, arrived_at, decision_s, pinned, policy, predicted)
 
     def _open_model(self, chosen: int, pinned: bool) -> int:
-        """Where a policy chose a model that is down, the next smaller one, which is faster; else a larger."""
-        closed = self._loads.closed
-        if chosen not in closed:
+        """Where no replica of the model is up, the next smaller one's, which is faster, or a larger one's.
+
+        Where none is up at all, one that stands best: what failed lately may have come back, and to try it is
+        better than to refuse.
+        """
+        loads = self._loads
+        if chosen not in loads.closed:
             return chosen
-        others = [model for model in range(len(self.engines)) if model not in closed]
-        if others and not pinned:
-            return min(others, key=lambda model: (model > chosen, abs(model - chosen)))
-        missing = f"of {self.fleet.model_names[chosen]}" if pinned else "of any model"
-        raise NoReplicaError(f"no replica {missing} is up now")
+        models = [chosen] if pinned else range(len(self.engines))
+        nearest = min(models, key=lambda model: (loads.best(model), model > chosen, abs(model - chosen)))
+        if loads.best(nearest) is Standing.OUT:
+            missing = f"of {self.fleet.model_names[chosen]}" if pinned else "of any model"
+            raise NoReplicaError(f"no replica {missing} is up now")
+        return nearest

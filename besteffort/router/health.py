@@ -9,11 +9,12 @@ import numpy as np
 from besteffort.engines.running import Engine
 from besteffort.router.breaker import Breaker, State
 from besteffort.router.dispatcher import Dispatcher, Route
+from besteffort.router.loads import Standing
 from besteffort.router.upstream import Upstream
 
 
 class Health:
-    """Takes replicas out of the dispatcher and puts them back, as their engines fail and return."""
+    """Tells the dispatcher how replicas stand, as their engines fail and return."""
 
     def __init__(
         self, dispatcher: Dispatcher, upstreams: Mapping[Engine, Upstream], rng: np.random.Generator
@@ -56,8 +57,8 @@ class Health:
             for breaker in of_model:
                 breaker.close()
 
-    def _turn(self, failing: Engine, up: bool) -> None:
+    def _turn(self, turned: Engine, standing: Standing) -> None:
         for model, of_model in enumerate(self._dispatcher.engines):
             for replica, engine in enumerate(of_model):
-                if engine == failing:
-                    self._dispatcher.set_available(model, replica, up)
+                if engine == turned:
+                    self._dispatcher.stand(model, replica, standing)

@@ -1,11 +1,23 @@
 """Requests in flight at every replica, and which replica takes the next; no step costs more than log."""
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
-_DOWN = 1 << 40  # requests: more than any count, so that what is down comes after all that is up
+
+class Standing(IntEnum):
+    """How well a replica is thought to be: requests go to those that stand best, and to no other."""
+
+    UP = 0
+    SUSPECT = 1  # requests failed there
+    UNWELL = 2  # and it does not say that it is well
+    OUT = 3  # nothing goes there
+
+
+_UP, _OUT = int(Standing.UP), int(Standing.OUT)  # plain numbers are quicker
+_WORSE = 1 << 40  # requests: more than any count, so that what stands worse comes later
 
 
 class Loads:
@@ -13,7 +25,7 @@ class Loads:
 
     def __init__(self, num_replicas: Sequence[int], num_devices: int) -> None:
         self.in_flight = [[0] * number for number in num_replicas]  # by model, then by replica
-        self._up = [[True] * number for number in num_replicas]
+        self._standings = [[_UP] * number for number in num_replicas]
         self._num_up = list(num_replicas)
         self.closed: tuple[int, ...] = ()
         """The models of which no replica is up"""
@@ -29,16 +41,14 @@ class Loads:
         self.in_flight[model][replica] += change
         self._totals[model] += change
         self._on_device[replica % self._num_devices][model] += change
-        if self._up[model][replica]:
+        if self._standings[model][replica] == _UP:
             self._totals_up[model] += change
         self._settle(model, replica)
 
-    def set_up(self, model: int, replica: int, up: bool) -> None:
-        """Take a replica out, or put it back. What is in flight there goes on being counted."""
-        if self._up[model][replica] == up:
-            return
-        self._up[model][replica] = up
-        change = 1 if up else -1
+    def stand(self, model: int, replica: int, standing: Standing) -> None:
+        """From now on. What is in flight there goes on being counted."""
+        change = (standing == _UP) - (self._standings[model][replica] == _UP)
+        self._standings[model][replica] = int(standing)
         self._num_up[model] += change
         self._totals_up[model] += change * self.in_flight[model][replica]
         self.closed = tuple(m for m, number in enumerate(self._num_up) if not number)
@@ -47,20 +57,21 @@ class Loads:
     def _settle(self, model: int, replica: int) -> None:
         """Bring all that follows from the counts up to date."""
         count = self.in_flight[model][replica]
-        self._orders[model].put(replica, count if self._up[model][replica] else count + _DOWN)
+        self._orders[model].put(replica, count + self._standings[model][replica] * _WORSE)
         if self._num_up[model]:
             self._batch_sizes[model] = self._totals_up[model] / self._num_up[model]
         else:
-            self._batch_sizes[model] = self._totals[model] / len(self._up[model])
+            self._batch_sizes[model] = self._totals[model] / len(self._standings[model])
 
-    def is_up(self, model: int, replica: int) -> bool:
-        return self._up[model][replica]
+    def standing(self, model: int, replica: int) -> Standing:
+        return Standing(self._standings[model][replica])
+
+    def best(self, model: int) -> Standing:
+        """How the best of the model's replicas stand."""
+        return self.standing(model, self.least(model))
 
     def least(self, model: int) -> int:
-        """The replica of the model with the smallest count, and of equals the first.
-
-        Those that are down come last; if all are, it is one of them: ask `closed`.
-        """
+        """Of the model's replicas that stand best the one with the smallest count, of equals the first."""
         return self._orders[model].first
 
     def batch_sizes(self) -> NDArray[np.float64]:
@@ -90,7 +101,7 @@ class _Order:
         self._num_leaves = 1 << (size - 1).bit_length()
         # A count and an index in one integer, since Python compares those faster than pairs.
         self._nodes = [0] * (2 * self._num_leaves)
-        last = 2 * _DOWN * size
+        last = (_OUT + 1) * _WORSE * size
         self._nodes[self._num_leaves :] = [leaf if leaf < size else last for leaf in range(self._num_leaves)]
         for node in range(self._num_leaves - 1, 0, -1):
             self._nodes[node] = min(self._nodes[2 * node], self._nodes[2 * node + 1])

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
+from besteffort.router.loads import Standing
 from besteffort.router.message import Header
 from besteffort.router.upstream import Fault, Upstream
 
 
 class Probe:
-    """Sends `GET /health` at once; `hear` is called once with the answer, but never after `cancel`.
+    """Sends `GET /health` at once; `hear` is called once with what that says, but never after `cancel`.
 
-    Well is an engine that gives a whole answer below 500 in time: one that has no such path is there too.
+    Up is an engine that gives a whole answer below 500 in time: one that has no such path is there too. Out
+    is one that hangs.
     """
 
-    def __init__(self, upstream: Upstream, hear: Callable[[bool], None]) -> None:
+    def __init__(self, upstream: Upstream, hear: Callable[[Standing], None]) -> None:
         self._hear = hear
         self._status = 0
         request = b"GET %b/health HTTP/1.1\r\nhost: %b\r\n\r\n" % (upstream.base_path, upstream.authority)
@@ -25,7 +27,7 @@ class Probe:
 
     def _give_up(self) -> None:
         self._call.cancel()
-        self._hear(False)
+        self._hear(Standing.OUT)
 
     # What the engine's connection says: see `Sink`.
 
@@ -40,8 +42,8 @@ class Probe:
 
     def on_end(self) -> None:
         self._timer.cancel()
-        self._hear(self._status < 500)
+        self._hear(Standing.UP if self._status < 500 else Standing.UNWELL)
 
     def on_fault(self, fault: Fault) -> None:
         self._timer.cancel()
-        self._hear(False)
+        self._hear(Standing.OUT if fault.hangs else Standing.UNWELL)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from besteffort.engines.running import Engine
 from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
+from besteffort.router.breaker import Breaker
 from besteffort.router.decision_log import DecisionLog, Entry
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
 from besteffort.router.health import Health
 from besteffort.router.limits import Limits
+from besteffort.router.loads import Standing
 from besteffort.router.message import Header, Job, Refusal, Reply, Request, Responder, date_line
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_event, error_reply
@@ -26,6 +28,7 @@ from besteffort.router.receipt import (
 )
 from besteffort.router.request_body import RequestBody
 from besteffort.router.token_count import PlainCount, StreamCount, TokenCount
+from besteffort.router.tries import Tries, ends_try
 from besteffort.router.turnover import Turnover
 from besteffort.router.upstream import Call, Fault, Upstream
 
@@ -42,10 +45,6 @@ _NOT_PASSED_OUT = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
     b"transfer-encoding upgrade content-length server x-request-id".split()
 )
-# An engine that took long to begin is not asked twice: the next one would be, by as many again.
-_RETRIED = frozenset(("connect", "connect_timeout", "broke_off", "garbage"))
-_MAX_TRIES = 3
-_TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout", "stall"))
 
 
 @dataclass(slots=True)
@@ -144,7 +143,7 @@ class Exchange:
 
     __slots__ = (
         "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_last_byte_at", "_proxy", "_request",
-        "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens", "_tried",
+        "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens", "_tries",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, request: Request, asked: Asked, responder: Responder) -> None:
@@ -157,7 +156,7 @@ class Exchange:
         self._call: Call | None = None
         self._tokens: TokenCount | None = None
         self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
-        self._tried: list[tuple[int, int]] = []  # models and replicas that failed
+        self._tries: Tries | None = None  # none has failed
         self._status = 0
         self._streams = False
         self._begun = False
@@ -195,9 +194,16 @@ class Exchange:
     # What the engine's connection says: see `Sink`.
 
     def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None:
+        breaker = self._proxy.health.of(self._route)
+        breaker.answered(status)
+        if self._tries is not None or status >= 500:
+            call = self._call
+            if self._is_doubtful(status, breaker) and self._try_another():
+                assert call is not None, "a head is a call's"
+                call.cancel()
+                return
         self._begun = True
         self._status = status
-        self._proxy.health.of(self._route).answered(status)
         self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
         lines, self._streams = _passed_out(headers)
         if status < 400:
@@ -231,12 +237,11 @@ class Exchange:
         self._responder.end()
 
     def on_fault(self, fault: Fault) -> None:
+        status, code = (504, "engine_timeout") if fault.hangs else (502, "engine_failed")
         if not self._begun:
-            self._proxy.health.of(self._route).failed()
-        if not self._begun and fault.kind in _RETRIED and self._try_another():
-            return
-        status, code = (504, "engine_timeout") if fault.kind in _TIMEOUTS else (502, "engine_failed")
-        if not self._begun:
+            self._proxy.health.of(self._route).failed(hangs=fault.hangs)
+            if ends_try(fault) and self._try_another():
+                return
             self._status = status
         if self._entry is not None:
             self._entry.error = fault.kind
@@ -245,23 +250,36 @@ class Exchange:
         name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
         message = f"The engine of {name} failed: {fault}"
         if not self._begun:
-            self._responder.reply(_identified(error_reply(status, message, code), self._asked.request_id))
+            is_up = self._proxy.health.of(self._route).standing is Standing.UP
+            retry_after_s = None if is_up else self._proxy.health.retry_after_s
+            reply = error_reply(status, message, code, retry_after_s=retry_after_s)
+            self._responder.reply(_identified(reply, self._asked.request_id))
         elif self._streams:
             self._responder.write(b"\n\n" + error_event(message, code))  # it may be in the midst of an event
             self._responder.end()
         else:
             self._responder.break_off()  # half an answer must not look whole
 
+    def _is_doubtful(self, status: int, breaker: Breaker) -> bool:
+        """Whether another replica might have a better answer, of which nothing has been passed on."""
+        tries = self._tries = self._tries or Tries()
+        tries.answered(status)
+        if status == 500:
+            tries.doubt(breaker)
+        return ends_try(status)
+
     def _try_another(self) -> bool:
-        """Nothing of an answer has come, so that another replica may give it."""
+        """Nothing of an answer has been passed on, so that another replica may give it."""
         dispatcher, failed = self._proxy.dispatcher, self._route
-        self._tried.append((failed.model, failed.replica))
-        if len(self._tried) >= _MAX_TRIES:
+        tries = self._tries = self._tries or Tries()
+        tries.note(failed)
+        if tries.are_over:
             return False
         try:
-            self._route = dispatcher.begin_again(failed, self._tried)
+            self._route = dispatcher.begin_again(failed, tries.places)
         except NoReplicaError:
             return False
+        tries.num_retries += 1
         dispatcher.end(failed)
         self._proxy.metrics.retried(failed)
         self._send()
@@ -326,7 +344,7 @@ class Exchange:
             route,
             outcome,
             status=self._status,
-            num_retries=sum(pair != (route.model, route.replica) for pair in self._tried),
+            num_retries=0 if self._tries is None else self._tries.num_retries,
             began_at=self._first_byte_at if self._streams else math.nan,
             ended_at=self._proxy.dispatcher.clock() if outcome != "ok" else self._last_byte_at,
             num_tokens=0 if self._tokens is None else self._tokens.total,

@@ -14,6 +14,8 @@ from besteffort.router.outbox import Outbox
 from besteffort.router.response_reader import BadResponseError, ResponseReader
 from besteffort.router.watch import Watch
 
+_TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout", "stall"))
+
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
     """What an engine did wrong; `begun`: after it had begun to answer."""
@@ -22,6 +24,11 @@ class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
         super().__init__(message)
         self.kind = kind
         self.begun = begun
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it took long to notice."""
+        return self.kind in _TIMEOUTS
 
 
 class Sink(Protocol):
@@ -159,6 +166,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def close(self) -> None:
         self._call = None
+        self._reader.rest()
         if self.is_open:
             self.is_open = False
             self._transport.abort()
@@ -190,7 +198,8 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             self._reader.feed(data)
         except BadResponseError as error:
-            self._fail("garbage", f"not an answer: {error}")
+            if self._call is call:
+                self._fail("garbage", f"not an answer: {error}")
             return
         if self._call is not call:  # cancelled meanwhile
             return

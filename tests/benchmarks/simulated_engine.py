@@ -71,9 +71,10 @@ class SimulatedEngine(asyncio.Protocol):
             "endless": lambda: self._stream(1 << 60),
             "silent": lambda: None,
             "refuse": lambda: self._end(_plain({"error": {"message": self._number}}, b"400 Bad Request")),
-            "fail": lambda: self._end(_plain({"error": {"message": self._number}}, b"500 Internal")),
-            "half-head": lambda: self._fail_once(b"HTTP/1.1 200 OK\r\ncontent-"),
-            "garbage": lambda: self._fail_once(b"@@@ is this HTTP? @@@\r\n\r\n"),
+            "fail": lambda: self._end(self._dead()),
+            "fail-once": lambda: self._fail_once(lambda: self._end(self._dead())),
+            "half-head": lambda: self._fail_once(lambda: self._break_off(b"HTTP/1.1 200 OK\r\ncontent-")),
+            "garbage": lambda: self._fail_once(lambda: self._break_off(b"@@@ is this HTTP? @@@\r\n\r\n")),
             "half-stream": lambda: self._stream(1 << 60, breaks_after=self._num_tokens // 2),
         }
 
@@ -140,14 +141,17 @@ class SimulatedEngine(asyncio.Protocol):
 
         self._later(1, lambda: step(0))
 
-    def _fail_once(self, last_words: bytes) -> None:
+    def _dead(self) -> bytes:
+        return _plain({"error": {"message": self._number}}, b"500 Internal Server Error")
+
+    def _fail_once(self, fail: Callable[[], None]) -> None:
         """The next one that is asked will answer."""
         counts = self._replica.counts
         if self._prompt in counts.failed_before:
             self._answer()
         else:
             counts.failed_before.add(self._prompt)
-            self._break_off(last_words)
+            fail()
 
     def _break_off(self, last_words: bytes = b"") -> None:
         self._rest()
