@@ -146,6 +146,7 @@ def test_a_command_that_ends_takes_what_it_started_with_it_and_leaves_its_status
     wait_for(lambda: child.exit_status is not None)
     assert child.exit_status == 7
     assert not any(map(alive, told(tmp_path / "log", (tmp_path / "log").read_text().count("\n"))))
+    child.stop()
 
 
 def test_a_command_that_is_killed_takes_what_it_started_with_it_and_leaves_its_status(
@@ -157,6 +158,7 @@ def test_a_command_that_is_killed_takes_what_it_started_with_it_and_leaves_its_s
     wait_for(lambda: child.exit_status is not None)
     assert child.exit_status == -signal.SIGKILL
     assert not any(map(alive, both))
+    child.stop()
 
 
 def test_a_tether_that_is_killed_takes_its_command_with_it(tmp_path: Path) -> None:
@@ -166,6 +168,26 @@ def test_a_tether_that_is_killed_takes_its_command_with_it(tmp_path: Path) -> No
     os.kill(child.pid, signal.SIGKILL)
     wait_for(lambda: not alive(command))
     assert child.exit_status == -signal.SIGKILL
+    child.stop()
+
+
+def test_the_number_of_a_child_that_died_is_nobody_else_s_until_the_last_signal_was_sent_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Child("x", [sys.executable, "-c", "import sys; sys.exit(5)"], tmp_path / "log", {})
+    wait_for(lambda: child.exit_status is not None)
+    assert (child.exit_status, Path(f"/proc/{child.pid}").exists()) == (5, True)
+    child.stop()
+    assert (child.exit_status, Path(f"/proc/{child.pid}").exists()) == (5, False)
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *given: signals.append(given))
+    monkeypatch.setattr(os, "killpg", lambda *given: signals.append(given))
+    child.ask_to_stop()
+    child.stop()
+    child.start_again()
+    assert not signals, "it went to whoever has the number now"
+    monkeypatch.undo()
+    child.stop()
 
 
 def test_what_a_killed_tether_leaves_behind_is_gone_before_the_command_starts_again(tmp_path: Path) -> None:

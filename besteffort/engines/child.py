@@ -1,11 +1,11 @@
 """A child process with a log, which never outlives us."""
 
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from besteffort.errors import EngineError
 
 STOP_TIMEOUT_S = 15.0
 _TETHER_TIMEOUT_S = 10.0  # to see to the rest when that is over
+_POLL_S = 0.05
 NUM_LOG_LINES = 25
 
 
@@ -30,7 +31,7 @@ class Child:
 
     def start_again(self) -> None:
         """After it died. The log goes on."""
-        self._kill()
+        self._end()
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -54,7 +55,13 @@ class Child:
     @property
     def exit_status(self) -> int | None:
         """None while it lives; negative: the signal that ended it."""
-        return self._process.poll()
+        if self._process.returncode is not None:
+            return self._process.returncode
+        # Not taken from the kernel: until it is, nobody else can get the number that we may have to kill.
+        ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def check(self) -> None:
         """Raise `EngineError` with the end of the log if it has died."""
@@ -70,20 +77,22 @@ class Child:
         return "\n".join(f"  | {line}" for line in lines[-NUM_LOG_LINES:])
 
     def ask_to_stop(self) -> None:
-        self._process.terminate()
+        if self._process.returncode is None:
+            os.kill(self.pid, signal.SIGTERM)
 
     def stop(self) -> None:
         """SIGTERM, time to end in order, then SIGKILL for whatever is left of all that it started."""
         self.ask_to_stop()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT_S + _TETHER_TIMEOUT_S)
-        self._kill()
-        self._process.wait()
+        give_up_at = time.monotonic() + STOP_TIMEOUT_S + _TETHER_TIMEOUT_S
+        while self.exit_status is None and time.monotonic() < give_up_at:
+            time.sleep(_POLL_S)
+        self._end()
 
-    def _kill(self) -> None:
-        """What a tether leaves that was killed itself."""
-        with contextlib.suppress(ProcessLookupError):  # nothing: it did its work
-            os.killpg(self._process.pid, signal.SIGKILL)
+    def _end(self) -> None:
+        """Kill what a tether leaves that was killed itself, and let go of its number."""
+        if self._process.returncode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def free_port() -> int:
