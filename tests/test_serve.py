@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,7 +132,8 @@ def test_a_stream_that_does_not_end_is_cut_off_when_the_grace_is_over(fleet_dir:
 
 
 def test_the_key_may_come_from_the_environment_and_is_never_said(fleet_dir: Path) -> None:
-    with serving(fleet_dir, BESTEFFORT_API_KEY="open-sesame") as (process, url, said), connect(url) as client:
+    key = "open-sesame\n"  # as from a file
+    with serving(fleet_dir, BESTEFFORT_API_KEY=key) as (process, url, said), connect(url) as client:
         client.sendall(completion(b"{}"))
         assert read_response(client)[0].status == 401
         client.sendall(completion(b'{"model":"x"}', b"authorization: Bearer open-sesame"))
@@ -155,6 +157,48 @@ def test_hung_up_it_reads_its_policy_anew_and_keeps_the_old_one_if_that_is_bad(f
             process.send_signal(signal.SIGHUP)
             assert told in process.stderr.readline()
             assert get(client, b"/health") == 200
+
+
+def test_hung_up_while_its_engines_start_it_reads_its_policy_anew_once_it_serves(
+    fleet_dir: Path, engine: RawEngine
+) -> None:
+    path = fleet_dir / "policy.safetensors"
+    save_preferring(path, load_fleet(fleet_dir), 0)
+    command = [sys.executable, "-m", "besteffort", "serve", str(fleet_dir), "--policy", str(path)]
+    hung_up = threading.Event()
+
+    def starts_slowly(connection: socket.socket, number: int) -> None:
+        hung_up.wait(20)
+        vllm_like(connection, number)
+
+    engine.script = starts_slowly
+    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        wait_for(lambda: len(engine.requests) == 1)
+        process.send_signal(signal.SIGHUP)
+        hung_up.set()
+        said = [process.stderr.readline() for _ in range(2)]
+        process.terminate()
+        assert "serving one by trained:policy" in said[0]
+        assert "trained:policy is in charge, after trained:policy" in said[1]
+        assert process.wait(20) == 0
+
+
+def test_it_ends_in_order_when_its_terminal_is_closed_while_its_engines_start(
+    fleet_dir: Path, engine: RawEngine
+) -> None:
+    def never_starts(connection: socket.socket, number: int) -> None:
+        connection.recv(1)
+
+    engine.script = never_starts
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [sys.executable, "-m", "besteffort", "serve", str(fleet_dir), "--policy", "random"]
+        os.execv(sys.executable, [*command, "--port", "0"])  # noqa: S606
+    wait_for(lambda: len(engine.requests) == 1)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFEXITED(status), "it ended by itself, and not by the signal"
 
 
 def test_it_ends_when_the_terminal_that_it_was_started_on_is_closed(fleet_dir: Path) -> None:
@@ -189,6 +233,13 @@ def test_metrics_and_administration_have_the_port_that_is_said(fleet_dir: Path) 
         ((), False),
         (("--host", "0.0.0.0"), True),  # noqa: S104
         (("--host", "0.0.0.0", "--api-key", "key"), False),  # noqa: S104
+        (("--admin-port", "0", "--admin-host", "127.0.0.2"), False),
+        (("--admin-port", "0", "--admin-host", "0.0.0.0"), True),  # noqa: S104
+        (("--admin-host", "0.0.0.0"), False),  # noqa: S104  -- there is no such port
+        (
+            ("--admin-port", "0", "--admin-host", "0.0.0.0", "--protect-metrics", "--api-key", "key"),  # noqa: S104
+            False,
+        ),
     ],
 )
 def test_a_door_open_to_all_is_warned_of(fleet_dir: Path, options: tuple[str, ...], warned: bool) -> None:
@@ -205,6 +256,12 @@ def test_a_door_open_to_all_is_warned_of(fleet_dir: Path, options: tuple[str, ..
         (("--max-body-mb", "0"), "--max-body-mb"),
         (("--api-key", "one", "--admin-api-key", "one"), "--admin-api-key: clients have this key too"),
         (("--admin-port", "0", "--admin-host", "203.0.113.1"), "--admin-host 203.0.113.1 --admin-port 0: "),
+        (("--api-key", " \n"), "--api-key: empty"),
+        (("--admin-api-key", "open\nsesame"), "--admin-api-key: empty, or with characters"),
+        (("--api-key", "one", "--admin-api-key", "one\n"), "--admin-api-key: clients have this key too"),
+        (("--protect-metrics",), "--protect-metrics goes only with --api-key"),
+        (("--profile", "nowhere.parquet"), "--profile nowhere.parquet: no such file"),
+        (("--rewards", "FLEET"), "no such file"),
         (("--total-timeout-s", "never"), "--total-timeout-s"),
     ],
 )
@@ -217,6 +274,7 @@ def test_options_that_cannot_be_meant_are_refused(
     assert done.returncode == 2
     assert saying in done.stderr
     assert "Traceback" not in done.stderr
+    assert "sesame" not in done.stderr
 
 
 def test_a_replay_shows_a_running_router_its_key(fleet_dir: Path, engine: RawEngine, tmp_path: Path) -> None:

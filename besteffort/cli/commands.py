@@ -14,8 +14,10 @@ from besteffort.cli.options import (
     Profile,
     Rewards,
     Seed,
+    is_there,
     parse_duration_s,
     parse_engines,
+    parse_key,
 )
 from besteffort.cli.serving import serve
 
@@ -290,7 +292,7 @@ def replay(
         rewards=rewards or fleet_dir / "rewards.parquet",
         simulated=simulate,
         url=url,
-        api_key=api_key or None,
+        api_key=parse_key("--api-key", api_key),
         attached=parse_engines(engine),
         name=name,
         seed=seed,
@@ -321,11 +323,16 @@ def replay(
 def fidelity(
     fleet_dir: FleetDir,
     profile: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measure no profile: take this one.")
+        Path | None,
+        typer.Option(metavar="FILE", callback=is_there, help="Measure no profile: take this one."),
     ] = None,
     rewards: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="For routing, instead of the paper's Table 1 (titan-rtx-opt)."),
+        typer.Option(
+            metavar="FILE",
+            callback=is_there,
+            help="For routing, instead of the paper's Table 1 (titan-rtx-opt).",
+        ),
     ] = None,
     azure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="AzureLLMInferenceTrace_code.csv, to replay too.")
@@ -366,7 +373,11 @@ def demo(
     fleet_dir: FleetDir,
     rewards: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="For routing, instead of the paper's Table 1 (titan-rtx-opt)."),
+        typer.Option(
+            metavar="FILE",
+            callback=is_there,
+            help="For routing, instead of the paper's Table 1 (titan-rtx-opt).",
+        ),
     ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Evaluation files, instead of those of the hub.")

@@ -24,13 +24,30 @@ Engine = Annotated[
         help="Attach to a server that runs already instead of starting one; once per replica.",
     ),
 ]
+
+
+def is_there(option: typer.CallbackParam, given: Path | None) -> Path | None:
+    """What an option names that is only read: without it some stages would go on, with less than was meant.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    if given is not None and not given.is_file():
+        raise UsageError(f"{option.opts[0]} {given}: no such file; mend the path, or leave the option out")
+    return given
+
+
 Profile = Annotated[
     Path | None,
-    typer.Option("--profile", metavar="FILE", help="Instead of FLEET_DIR/profile.parquet."),
+    typer.Option(
+        "--profile", metavar="FILE", callback=is_there, help="Instead of FLEET_DIR/profile.parquet."
+    ),
 ]
 Rewards = Annotated[
     Path | None,
-    typer.Option("--rewards", metavar="FILE", help="Instead of FLEET_DIR/rewards.parquet."),
+    typer.Option(
+        "--rewards", metavar="FILE", callback=is_there, help="Instead of FLEET_DIR/rewards.parquet."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="The same seed, the same result.")]
 
@@ -48,6 +65,20 @@ def parse_engines(given: list[str] | None) -> dict[str, list[str]]:
             raise UsageError(f"--engine {item}: not MODEL=URL, as in opt-3m=http://127.0.0.1:8001")
         urls.setdefault(model, []).append(url)
     return urls
+
+
+def parse_key(option: str, given: str | None) -> str | None:
+    """A key without what an editor or a shell left around it.
+
+    Raises:
+        UsageError: nothing is left of it, or it is one that no header can carry.
+    """
+    if given is None:
+        return None
+    key = given.strip()
+    if not (key and key.isprintable()):
+        raise UsageError(f"{option}: empty, or with characters that no header can carry; give another key")
+    return key
 
 
 def parse_duration_s(option: str, given: str) -> float:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from besteffort.cli.console import ConsoleProgress
-from besteffort.cli.options import Engine, FleetDir, PolicySpec, Profile, Rewards, Seed, parse_engines
+from besteffort.cli.options import (
+    Engine,
+    FleetDir,
+    PolicySpec,
+    Profile,
+    Rewards,
+    Seed,
+    parse_engines,
+    parse_key,
+)
 from besteffort.errors import UsageError
 
 if TYPE_CHECKING:
@@ -101,9 +110,12 @@ def serve(
       curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
         -d '{"model": "besteffort/copa", "prompt": "The man turned on the", "max_tokens": 8}'
     """
-    from besteffort.router import ApiKey, Limits, Settings
+    from besteffort.router import Limits, Settings
     from besteffort.stages.serve import serve, tls_context
 
+    clients_key, admin_key = _keys(api_key, admin_api_key)
+    if protect_metrics and clients_key is None:
+        raise UsageError("--protect-metrics goes only with --api-key")
     limits = Limits(
         max_connections=max_connections,
         max_in_flight=max_in_flight,
@@ -121,11 +133,11 @@ def serve(
     )
     settings = Settings(
         limits=limits,
-        api_key=ApiKey(api_key) if api_key else None,
+        api_key=clients_key,
         protect_metrics=protect_metrics,
         forward_authorization=forward_authorization,
         tls=tls_context(ssl_certfile, ssl_keyfile),
-        admin_key=_admin_key(admin_api_key, api_key),
+        admin_key=admin_key,
     )
     serve(
         fleet_dir,
@@ -145,10 +157,12 @@ def serve(
     )
 
 
-def _admin_key(given: str | None, of_clients: str | None) -> "ApiKey | None":
-    """Raises UsageError: clients have it too."""
+def _keys(of_clients: str | None, of_admin: str | None) -> "tuple[ApiKey | None, ApiKey | None]":
+    """Raises UsageError: one cannot be used, or both are the same."""
     from besteffort.router import ApiKey
 
-    if given and given == of_clients:
+    keys = parse_key("--api-key", of_clients), parse_key("--admin-api-key", of_admin)
+    if keys[0] is not None and keys[0] == keys[1]:
         raise UsageError("--admin-api-key: clients have this key too, as --api-key; give another one")
-    return ApiKey(given) if given else None
+    clients, admin = (None if key is None else ApiKey(key) for key in keys)
+    return clients, admin

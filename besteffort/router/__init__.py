@@ -4,6 +4,7 @@ from besteffort.router.api_key import ApiKey
 from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
 from besteffort.router.forecast import Forecast
+from besteffort.router.hang_up import HangUp
 from besteffort.router.limits import Limits
 from besteffort.router.policy_source import PolicySource
 from besteffort.router.running import run_router, running_router
@@ -14,6 +15,7 @@ __all__ = [
     "DecisionLog",
     "Dispatcher",
     "Forecast",
+    "HangUp",
     "Limits",
     "PolicySource",
     "Settings",

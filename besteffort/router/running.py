@@ -2,10 +2,8 @@
 
 import asyncio
 import gc
-import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -14,6 +12,7 @@ import uvloop
 from besteffort.router.app import App
 from besteffort.router.decision_log import DecisionLog
 from besteffort.router.dispatcher import Dispatcher
+from besteffort.router.hang_up import HangUp
 from besteffort.router.policy_source import PolicySource
 from besteffort.router.reload import Reload
 from besteffort.router.server import Server
@@ -67,24 +66,26 @@ def run_router(
     admin_listener: socket.socket | None = None,
     decision_log: DecisionLog | None = None,
     source: PolicySource,
+    hang_up: HangUp,
     say: Callable[[str], None],
 ) -> None:
     """Serve until SIGINT or SIGTERM; SIGHUP loads the policy of the start anew. `say` hears what is done."""
-    has_terminal = os.isatty(sys.stderr.fileno())
 
     async def serve() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         reload = Reload(dispatcher, source, say)
 
-        def hang_up() -> None:
-            if has_terminal and not os.isatty(sys.stderr.fileno()):  # that is what hung up
+        def hung_up() -> None:
+            if hang_up.was_the_terminal_s:
                 stop.set()
             else:
                 reload.start()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, hang_up)
+        loop.add_signal_handler(signal.SIGHUP, hung_up)
+        if hang_up.came:
+            hung_up()
         running = running_router(
             dispatcher,
             settings,
@@ -102,3 +103,4 @@ def run_router(
     gc.freeze()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve())
+    hang_up.ignore()

@@ -235,7 +235,10 @@ def _router(spec: Replay, fleet: Fleet, progress: Progress) -> Iterator[str]:
     if spec.url is not None:
         yield spec.url.rstrip("/")
         return
-    options = ["--seed", str(spec.seed), "--profile", str(spec.profile), "--rewards", str(spec.rewards)]
+    options = ["--seed", str(spec.seed)]
+    for option, path in (("--profile", spec.profile), ("--rewards", spec.rewards)):
+        if path.exists():  # else it is the default, which not every policy needs
+            options += [option, str(path)]
     with (
         running_engines(fleet, spec.fleet_dir, spec.attached or {}, progress) as engines,
         own_router(fleet, spec.fleet_dir, engines, str(spec.policy), options) as url,

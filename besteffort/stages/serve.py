@@ -18,7 +18,15 @@ from besteffort.errors import InputError, ProfileError, UsageError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.policies import Policy, load_named_policy
 from besteffort.progress import Progress
-from besteffort.router import DecisionLog, Dispatcher, Forecast, PolicySource, Settings, run_router
+from besteffort.router import (
+    DecisionLog,
+    Dispatcher,
+    Forecast,
+    HangUp,
+    PolicySource,
+    Settings,
+    run_router,
+)
 from besteffort.stages.staleness import warn_if_stale
 
 T = TypeVar("T")
@@ -54,6 +62,7 @@ def serve(
         InputError: the fleet, the policy or the port cannot be used.
         EngineError: an engine did not start.
     """
+    hang_up = HangUp()
     fleet = load_fleet(fleet_dir)
 
     def load(name: str) -> Policy:
@@ -69,8 +78,7 @@ def serve(
     forecast = _forecast(fleet, profile, rewards, progress)
     if decision_log is not None:
         _check_writable(decision_log)
-    if settings.api_key is None and not host.startswith(_LOOPBACK):
-        progress.say(f"warning: whoever reaches {host} can use this router; give --api-key to change that")
+    _warn_of_open_doors(host, None if admin_port is None else admin_host, settings, progress)
     _raise_file_limit()
     scheme = "http" if settings.tls is None else "https"
     with ExitStack() as stack:
@@ -97,9 +105,20 @@ def serve(
             decision_log=log,
             admin_listener=admin_listener,
             source=PolicySource(policy, fleet_dir, load),
+            hang_up=hang_up,
             say=progress.say,
         )
     progress.say("stopped; every engine started here has ended")
+
+
+def _warn_of_open_doors(host: str, admin_host: str | None, settings: Settings, progress: Progress) -> None:
+    if settings.api_key is None and not host.startswith(_LOOPBACK):
+        progress.say(f"warning: whoever reaches {host} can use this router; give --api-key to change that")
+    if admin_host is not None and not (settings.protect_metrics or admin_host.startswith(_LOOPBACK)):
+        progress.say(
+            f"warning: whoever reaches {admin_host} can read this router's metrics; "
+            "give --protect-metrics to change that"
+        )
 
 
 def _forecast(fleet: Fleet, profile: Path, rewards: Path, progress: Progress) -> Forecast:
