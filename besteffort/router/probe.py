@@ -44,6 +44,10 @@ class Probe:
         self._timer.cancel()
         self._hear(Standing.UP if self._status < 500 else Standing.UNWELL)
 
+    def on_crash(self) -> None:
+        self._timer.cancel()
+        self._hear(Standing.UNWELL)
+
     def on_fault(self, fault: Fault) -> None:
         self._timer.cancel()
         self._hear(Standing.OUT if fault.hangs else Standing.UNWELL)

@@ -1,5 +1,6 @@
 """One request's way: read, routed, sent to its engine, and the answer's bytes passed on as they come."""
 
+import contextlib
 import itertools
 import math
 import re
@@ -142,8 +143,8 @@ class Exchange:
     """A request at an engine, and the answer on its way to the client."""
 
     __slots__ = (
-        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_last_byte_at", "_proxy", "_request",
-        "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens", "_tries",
+        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_is_over", "_last_byte_at", "_proxy",
+        "_request", "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens", "_tries",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, request: Request, asked: Asked, responder: Responder) -> None:
@@ -159,7 +160,7 @@ class Exchange:
         self._tries: Tries | None = None  # none has failed
         self._status = 0
         self._streams = False
-        self._begun = False
+        self._begun = self._is_over = False
         self._first_byte_at = self._last_byte_at = 0.0
 
     def start(self) -> None:
@@ -167,10 +168,15 @@ class Exchange:
         proxy = self._proxy
         self._route = proxy.dispatcher.begin(self._asked.address.task, self._asked.address.pinned)
         proxy.num_in_flight += 1
-        if proxy.decision_log is not None:
-            decision, asked = proxy.dispatcher.decision, self._asked
-            self._entry = Entry(proxy.decision_log, decision, asked.body, asked.request_id)
-        self._send()
+        try:
+            if proxy.decision_log is not None:
+                decision, asked = proxy.dispatcher.decision, self._asked
+                self._entry = Entry(proxy.decision_log, decision, asked.body, asked.request_id)
+            self._send()
+        except Exception:
+            proxy.num_in_flight -= 1
+            proxy.dispatcher.end(self._route)
+            raise
 
     def _send(self) -> None:
         upstream = self._proxy.upstream_of(self._route.engine)
@@ -202,7 +208,6 @@ class Exchange:
                 assert call is not None, "a head is a call's"
                 call.cancel()
                 return
-        self._begun = True
         self._status = status
         self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
         lines, self._streams = _passed_out(headers)
@@ -212,6 +217,7 @@ class Exchange:
                 self._stream_end, length = StreamEnd(), None
         receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
         lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
+        self._begun = True
         self._responder.begin(status, b"".join(lines), length)
 
     def on_body(self, data: bytes) -> None:
@@ -234,6 +240,7 @@ class Exchange:
         if self._stream_end is not None:  # which had no last event
             self._write_receipt(self._stream_end.rest())
         self._end("ok" if self._status < 400 else "refused")
+        self._is_over = True
         self._responder.end()
 
     def on_fault(self, fault: Fault) -> None:
@@ -248,7 +255,25 @@ class Exchange:
         self._end("failed")
         fleet = self._proxy.dispatcher.fleet
         name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
-        message = f"The engine of {name} failed: {fault}"
+        self._say_failed(status, f"The engine of {name} failed: {fault}", code)
+
+    def on_crash(self) -> None:
+        """Whatever it was that failed here: nothing stays counted, and the client hears of it."""
+        if not self._begun:
+            self._status = 500
+        if self._call is not None:
+            with contextlib.suppress(Exception):  # what counts comes first there
+                self._end("failed")
+        try:
+            self._say_failed(500, "The router failed; its log says how", "internal_error")
+        except Exception:
+            self._responder.break_off()
+
+    def _say_failed(self, status: int, message: str, code: str) -> None:
+        if self._is_over:  # as far as we know
+            self._responder.break_off()
+            return
+        self._is_over = True
         if not self._begun:
             is_up = self._proxy.health.of(self._route).standing is Standing.UP
             retry_after_s = None if is_up else self._proxy.health.retry_after_s

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import ssl
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from besteffort.router.message import Header
 from besteffort.router.outbox import Outbox
 from besteffort.router.response_reader import BadResponseError, ResponseReader
 from besteffort.router.watch import Watch
+
+log = logging.getLogger(__name__)
 
 _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout", "stall"))
 
@@ -33,7 +36,10 @@ class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
 
 class Sink(Protocol):
     """Where an engine's answer goes: `on_head`, then `on_body`, with `on_batch` after each read; then one of
-    `on_end` and `on_fault`, which may come at any time."""
+    `on_end` and `on_fault`, which may come at any time.
+
+    Where one of these raises, that is logged, the call is cancelled, and `on_crash` is the last that comes.
+    """
 
     def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None: ...
 
@@ -44,6 +50,8 @@ class Sink(Protocol):
     def on_end(self) -> None: ...
 
     def on_fault(self, fault: Fault) -> None: ...
+
+    def on_crash(self) -> None: ...
 
 
 class Upstream:
@@ -115,9 +123,22 @@ class Call:
         if self.connection is not None:
             self.connection.resume()
 
+    def fail(self, fault: Fault) -> None:
+        try:
+            self.sink.on_fault(fault)
+        except Exception:
+            self.crash()
+
+    def crash(self) -> None:
+        """The sink raised what is being handled."""
+        log.exception("what an engine answered could not be handled")
+        self.cancel()
+        self.sink.on_crash()
+
     async def _connect(self) -> None:
         upstream = self._upstream
         connection = UpstreamConnection(upstream)
+        fault = None
         try:
             async with asyncio.timeout(upstream.limits.connect_s):
                 await upstream.loop.create_connection(
@@ -125,16 +146,17 @@ class Call:
                 )
         except TimeoutError:
             fault = Fault("connect_timeout", f"no connection within {upstream.limits.connect_s:g} s")
-            self.sink.on_fault(fault)
         except asyncio.CancelledError:
             connection.close()
             raise
         except OSError as error:
-            self.sink.on_fault(Fault("connect", f"no connection: {error.strerror or error}"))
-        else:
-            connection.take(self, reused=False)
+            fault = Fault("connect", f"no connection: {error.strerror or error}")
         finally:
             self._connecting = None
+        if fault is None:
+            connection.take(self, reused=False)
+        else:
+            self.fail(fault)
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -154,7 +176,7 @@ class UpstreamConnection(asyncio.Protocol):
     def take(self, call: Call, *, reused: bool) -> None:
         """Send a call's request; this connection is its own until the answer is whole."""
         if not self.is_open:  # closed between being made and being taken
-            call.sink.on_fault(Fault("connect", "closed as soon as it was open"))
+            call.fail(Fault("connect", "closed as soon as it was open"))
             return
         self._call = call
         self._reused = reused
@@ -197,18 +219,19 @@ class UpstreamConnection(asyncio.Protocol):
         self._unanswered = False
         try:
             self._reader.feed(data)
+            if self._call is not call:  # cancelled meanwhile
+                return
+            if self._reader.complete:
+                self._end(call)
+                return
+            call.sink.on_batch()
+            if not call.paused:
+                self._wait_for_more()
         except BadResponseError as error:
             if self._call is call:
                 self._fail("garbage", f"not an answer: {error}")
-            return
-        if self._call is not call:  # cancelled meanwhile
-            return
-        if self._reader.complete:
-            self._end(call)
-            return
-        call.sink.on_batch()
-        if not call.paused:
-            self._wait_for_more()
+        except Exception:
+            call.crash()
 
     def eof_received(self) -> bool:
         if self._call is None:
@@ -259,7 +282,10 @@ class UpstreamConnection(asyncio.Protocol):
             idle.append(self)
         else:
             self.close()
-        call.sink.on_end()
+        try:
+            call.sink.on_end()
+        except Exception:
+            call.crash()
 
     def _fail(self, kind: str, message: str) -> None:
         call = self._call
@@ -267,7 +293,7 @@ class UpstreamConnection(asyncio.Protocol):
         call.connection = None
         begun = self._reader.has_begun
         self.close()
-        call.sink.on_fault(Fault(kind, message, begun=begun))
+        call.fail(Fault(kind, message, begun=begun))
 
     def _forget(self) -> None:
         """Idle no longer, but gone."""

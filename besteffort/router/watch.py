@@ -1,7 +1,11 @@
 """Ends what takes too long, without a timer for each thing."""
 
 import asyncio
+import logging
+import math
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 TICK_S = 0.1  # how late it may notice; a timer set and cancelled per request would cost more
 
@@ -29,5 +33,9 @@ class Watch:
     def _tick(self) -> None:
         now = self._loop.time()
         for thing in [thing for thing in self._watched if thing.due_at <= now]:
-            thing.overdue()
+            try:
+                thing.overdue()
+            except Exception:  # all others still have to be looked after
+                log.exception("what takes too long could not be ended")
+                thing.due_at = math.inf
         self._timer = self._loop.call_later(TICK_S, self._tick) if self._watched else None
