@@ -52,19 +52,20 @@ class FakeEngine:
         num_tokens = int(body.get("max_tokens", 4))
         if body.get("stream"):
             return StreamingResponse(
-                self._events(num_tokens, breaks=body.get("prompt") == "break"),
+                self._events(num_tokens, str(body.get("prompt"))),
                 media_type="text/event-stream",
             )
         await asyncio.sleep(self.step_s * num_tokens)
         choice = {"index": 0, "text": " a" * num_tokens, "finish_reason": "length"}
         return JSONResponse({"choices": [choice], "usage": {"completion_tokens": num_tokens}})
 
-    async def _events(self, num_tokens: int, *, breaks: bool) -> AsyncIterator[bytes]:
+    async def _events(self, num_tokens: int, prompt: str) -> AsyncIterator[bytes]:
         self.num_running += 1
         try:
             for index in range(num_tokens):
-                await asyncio.sleep(self.step_s)
-                if breaks and index == num_tokens // 2:
+                if index or prompt != "begin":
+                    await asyncio.sleep(self.step_s)
+                if prompt == "break" and index == num_tokens // 2:
                     raise ConnectionResetError("asked for")
                 choice = {"index": 0, "text": f" {index}"}
                 # As vLLM writes it: no space after a colon.

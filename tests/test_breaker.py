@@ -51,7 +51,7 @@ class Trio:
         """An answer that an engine has begun."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=20)
         stack.callback(connection.close)
-        body = {"model": "besteffort", "stream": True, "max_tokens": 9}
+        body = {"model": "besteffort", "stream": True, "max_tokens": 9, "prompt": "begin"}
         connection.request("POST", "/v1/completions", json.dumps(body))
         return stack.enter_context(connection.getresponse())
 
@@ -83,16 +83,20 @@ def trio(fleet: Fleet) -> Iterator[Trio]:
         yield Trio(url, mortal, small, dispatcher)
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_when_an_engine_is_killed_under_load_no_request_fails_and_it_gets_none_until_it_is_back(
-    trio: Trio,
+    trio: Trio, stream: bool
 ) -> None:
     trio.other.step_s = 0.1
     with ThreadPoolExecutor(40) as clients:
-        asked = [clients.submit(trio.ask, model="besteffort", max_tokens=20) for _ in range(40)]
+        body = {"model": "besteffort", "max_tokens": 20, "stream": stream}
+        asked = [clients.submit(trio.ask, **body) for _ in range(40)]
         wait_for(lambda: trio.dispatcher.in_flight[0][0] >= 15)  # the other answers after 2 s
         trio.mortal.kill()
         answers = [one.result() for one in asked]
     assert {(status, at) for status, at, _ in answers} == {(200, "small 1")}
+    if stream:  # of which a killed engine has sent the head
+        assert {answer.count(b"text") for _, _, answer in answers} == {20}
     assert trio.health[:2] == (200, "degraded")
     assert trio.health[2][0] in ("open", "half-open")
     metrics = trio.get("/metrics")[1].decode()

@@ -155,3 +155,65 @@ def test_a_client_that_leaves_during_the_second_try_ends_that_one(fleet: Fleet) 
         assert one.counted("besteffort_requests_total") == {
             '{model="small",outcome="cancelled",task="copa"}': 1
         }
+
+
+_STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+_TOKEN = b'data: {"choices":[{"text":"a"}]}\n\n'
+
+
+def streams(*events: bytes, then: Answer = lambda connection: connection.sendall(b"0\r\n\r\n")) -> Answer:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(_STREAM + b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in events))
+        then(connection)
+
+    return answer
+
+
+def says_in_a_stream(code: int) -> bytes:
+    """As vLLM does, which has sent its 200 when a request begins to wait."""
+    error = {"error": {"message": "EngineCore", "type": "X", "param": None, "code": code}}
+    return b"data: " + json.dumps(error).encode() + b"\n\n"
+
+
+_STREAMED = b'{"stream":true}'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        streams(then=socket.socket.close),
+        streams(then=lambda connection: connection.sendall(b"garbage\r\n")),
+        streams(says_in_a_stream(500)),
+        streams(says_in_a_stream(503), b"data: [DONE]\n\n"),
+    ],
+    ids=["it breaks off", "garbage", "500", "503"],
+)
+def test_a_stream_of_which_only_the_head_came_has_not_begun(fleet: Fleet, answer: Answer) -> None:
+    with three(fleet, answer, streams(_TOKEN, _TOKEN), well) as one:
+        for _ in range(4):
+            assert one.ask(_STREAMED) == (200, "small 1", _TOKEN * 2)
+        assert one.counted("besteffort_breaker_openings_total") == {'{model="small",replica="0"}': 1}
+        assert one.counted("besteffort_requests_total") == {'{model="small",outcome="ok",task="copa"}': 4}
+        one.door.settled()
+
+
+@pytest.mark.parametrize("events", [(says_in_a_stream(400),), (_TOKEN, says_in_a_stream(500)), ()])
+def test_any_other_stream_is_passed_on_as_it_is(fleet: Fleet, events: tuple[bytes, ...]) -> None:
+    with three(fleet, streams(*events), well, well) as one:
+        assert one.ask(_STREAMED) == (200, "small 0", b"".join(events))
+        assert one.num_asked == [1, 0, 0]
+
+
+def test_where_all_fail_in_a_stream_s_first_event_the_last_one_s_is_passed_on(fleet: Fleet) -> None:
+    dead = streams(says_in_a_stream(500))
+    with three(fleet, dead, dead, dead) as one:
+        for _ in range(4):
+            assert one.ask(_STREAMED) == (200, "large 0", says_in_a_stream(500))
+        assert one.counted("besteffort_breaker_openings_total") == {}
+
+
+def test_a_stream_may_wait_for_its_first_event_as_long_as_a_plain_answer(fleet: Fleet) -> None:
+    with three(fleet, streams(then=stay), well, well, first_byte_s=0.3, between_bytes_s=60.0) as one:
+        response, body = one.door.ask(completion(_STREAMED))
+        assert (response.status, json.loads(body)["error"]["code"]) == (504, "engine_timeout")
+        assert one.num_asked == [1, 0, 0]

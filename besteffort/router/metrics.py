@@ -105,7 +105,7 @@ class Metrics(Collector):
         )
         yield self._histogram(
             "besteffort_ttft_ms",
-            "Time from arrival at the router to the first byte of a streamed answer.",
+            "Time from arrival at the router to the first event of a streamed answer.",
             self._ttft,
         )
         decision = self._decision

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from besteffort.engines.running import Engine
 from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
-from besteffort.router.breaker import Breaker
 from besteffort.router.decision_log import DecisionLog, Entry
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
 from besteffort.router.health import Health
@@ -36,6 +35,7 @@ from besteffort.router.upstream import Call, Fault, Upstream
 _TASK = TASK_HEADER.encode()
 _DEADLINE = DEADLINE_HEADER.encode()
 _RECEIPT = RECEIPT_HEADER.encode()
+_ERROR_EVENT = re.compile(rb'data: ?\{"error": ?\{.*"code": ?(5\d\d)\b')
 _MAX_DEADLINE_MS = 1e6
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 # Headers that go to the engine as the client wrote them. All others stay here.
@@ -143,8 +143,9 @@ class Exchange:
     """A request at an engine, and the answer on its way to the client."""
 
     __slots__ = (
-        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_is_over", "_last_byte_at", "_proxy",
-        "_request", "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens", "_tries",
+        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_is_over", "_last_byte_at",
+        "_proxy", "_request", "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens",
+        "_tries",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, request: Request, asked: Asked, responder: Responder) -> None:
@@ -155,6 +156,7 @@ class Exchange:
         self._route: Route
         self._entry: Entry | None = None  # if there is a log
         self._call: Call | None = None
+        self._head: tuple[list[bytes], int | None]  # lines, and the body's length
         self._tokens: TokenCount | None = None
         self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
         self._tries: Tries | None = None  # none has failed
@@ -200,27 +202,18 @@ class Exchange:
     # What the engine's connection says: see `Sink`.
 
     def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None:
-        breaker = self._proxy.health.of(self._route)
-        breaker.answered(status)
-        if self._tries is not None or status >= 500:
-            call = self._call
-            if self._is_doubtful(status, breaker) and self._try_another():
-                assert call is not None, "a head is a call's"
-                call.cancel()
-                return
+        if status >= 500 and self._is_given_to_another(status):
+            return
         self._status = status
-        self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
         lines, self._streams = _passed_out(headers)
-        if status < 400:
-            self._tokens = StreamCount() if self._streams else PlainCount()
-            if self._streams and self._asked.streams_receipt:
-                self._stream_end, length = StreamEnd(), None
-        receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
-        lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
-        self._begun = True
-        self._responder.begin(status, b"".join(lines), length)
+        self._head = lines, length
+        # vLLM sends the head of a stream when it has taken the request, and then lets it wait.
+        if not self._streams or status >= 400:
+            self._begin(status)
 
     def on_body(self, data: bytes) -> None:
+        if not self._begun and not self._begin_stream(data):
+            return
         if self._tokens is not None:
             self._tokens.feed(data)
             if self._entry is not None:
@@ -236,6 +229,8 @@ class Exchange:
             self._responder.flush()
 
     def on_end(self) -> None:
+        if not self._begun:
+            self._begin(self._status)
         self._last_byte_at = self._proxy.dispatcher.clock()
         if self._stream_end is not None:  # which had no last event
             self._write_receipt(self._stream_end.rest())
@@ -285,13 +280,46 @@ class Exchange:
         else:
             self._responder.break_off()  # half an answer must not look whole
 
-    def _is_doubtful(self, status: int, breaker: Breaker) -> bool:
-        """Whether another replica might have a better answer, of which nothing has been passed on."""
-        tries = self._tries = self._tries or Tries()
-        tries.answered(status)
+    def _begin_stream(self, data: bytes) -> bool:
+        """Unless its first event is what vLLM says of an engine that died: that is as good as the status."""
+        error = _ERROR_EVENT.match(data)
+        status = self._status if error is None else int(error[1])
+        if status >= 500 and self._is_given_to_another(status):
+            return False
+        self._begin(status)
+        return True
+
+    def _begin(self, status: int) -> None:
+        """Pass on the head, now that it is this engine's answer; `status` is what that amounts to."""
+        self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
+        if status < 500:
+            self._proxy.health.of(self._route).answered(status)
+        if self._tries is not None:
+            self._tries.answered(status)
+        lines, length = self._head
+        if self._status < 400:
+            self._tokens = StreamCount() if self._streams else PlainCount()
+            if self._streams and self._asked.streams_receipt:
+                self._stream_end, length = StreamEnd(), None
+        receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
+        lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
+        self._begun = True
+        self._responder.begin(self._status, b"".join(lines), length)
+
+    def _is_given_to_another(self, status: int) -> bool:
+        """Whether another replica is asked, since it may have a better answer than this one's 5xx."""
+        if not ends_try(status):
+            return False
+        call, breaker = self._call, self._proxy.health.of(self._route)
+        assert call is not None, "an answer is a call's"
+        breaker.answered(status)
         if status == 500:
-            tries.doubt(breaker)
-        return ends_try(status)
+            self._tries = self._tries or Tries()
+            self._tries.doubt(breaker)
+        if not self._try_another():
+            return False
+        call.cancel()
+        return True
 
     def _try_another(self) -> bool:
         """Nothing of an answer has been passed on, so that another replica may give it."""
@@ -305,6 +333,7 @@ class Exchange:
         except NoReplicaError:
             return False
         tries.num_retries += 1
+        self._status, self._streams = 0, False
         dispatcher.end(failed)
         self._proxy.metrics.retried(failed)
         self._send()
@@ -370,7 +399,7 @@ class Exchange:
             outcome,
             status=self._status,
             num_retries=0 if self._tries is None else self._tries.num_retries,
-            began_at=self._first_byte_at if self._streams else math.nan,
+            began_at=self._first_byte_at if self._streams and self._begun else math.nan,
             ended_at=self._proxy.dispatcher.clock() if outcome != "ok" else self._last_byte_at,
             num_tokens=0 if self._tokens is None else self._tokens.total,
             latency_ms_per_token=latency_ms_per_token,

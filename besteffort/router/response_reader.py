@@ -35,6 +35,7 @@ class ResponseReader:
         self._silent = 0
         self.complete = self.has_begun = self.reusable = False
         self._interim = False
+        self._has_head = False
         self._num_interim = 0
         self._length: int | None = None
         self._chunked = False
@@ -49,7 +50,7 @@ class ResponseReader:
     @property
     def ends_with_connection(self) -> bool:
         """A body without a length, which the end of the connection ends."""
-        return self.has_begun and self._length is None and not self._chunked and not self._bodiless
+        return self._has_head and self._length is None and not self._chunked and not self._bodiless
 
     def feed(self, data: bytes) -> None:
         """Raises BadResponseError."""
@@ -79,7 +80,7 @@ class ResponseReader:
         self._num_head += len(name) + len(value) + 4
         if self._num_head > self._max_head:
             raise BadResponseError(f"more than {self._max_head} bytes of headers")
-        if self.has_begun:
+        if self._has_head:
             return  # a trailer
         name = name.lower()
         if name == b"content-length":
@@ -102,13 +103,14 @@ class ResponseReader:
             self._interim = True
             self._headers = []
             return
-        self.has_begun = True
+        self._has_head = True
         self._bodiless = status in (204, 304)
         assert self._taker is not None, "an answer is somebody's"
         self._taker.on_head(status, self._headers, self._length)
 
     def on_body(self, data: bytes) -> None:
         self._silent = 0
+        self.has_begun = True
         if self._taker is not None:
             self._taker.on_body(data)
 

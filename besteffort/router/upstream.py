@@ -21,12 +21,11 @@ _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout",
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
-    """What an engine did wrong; `begun`: after it had begun to answer."""
+    """What an engine did wrong."""
 
-    def __init__(self, kind: str, message: str, *, begun: bool = False) -> None:
+    def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-        self.begun = begun
 
     @property
     def hangs(self) -> bool:
@@ -291,9 +290,8 @@ class UpstreamConnection(asyncio.Protocol):
         call = self._call
         assert call is not None, "a fault is a call's"
         call.connection = None
-        begun = self._reader.has_begun
         self.close()
-        call.fail(Fault(kind, message, begun=begun))
+        call.fail(Fault(kind, message))
 
     def _forget(self) -> None:
         """Idle no longer, but gone."""
