@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -35,9 +37,19 @@ def test_steps_are_linear_between_measured_batches_and_rise_on_past_the_last() -
     np.testing.assert_allclose(table[0, [0, 1, 5, 9, 13]], [2, 2, 3, 4, 5])
 
 
-def test_a_batch_that_was_measured_faster_than_a_smaller_one_counts_as_noise() -> None:
-    latency = fit_latency(alone(step_small=(4.0, 3.0)), SIZES)
-    np.testing.assert_allclose(latency.step_ms[0], [4, 4])
+def test_a_larger_batch_that_seems_faster_is_level_with_the_smaller_unless_it_surely_is_faster() -> None:
+    prefill = alone()[4:]
+
+    def fitted(steps: tuple[float, ...], ci_ms: float | None) -> list[float]:
+        small = [replace(sample("decode", "small", 2**n, ms=ms), ci_ms=ci_ms) for n, ms in enumerate(steps)]
+        large = [replace(one, model="large") for one in small]
+        return fit_latency([*small, *large, *prefill], SIZES).step_ms[0].tolist()
+
+    assert fitted((4.0, 3.0), None) == [3.5, 3.5]  # nothing is known of how far off they are
+    assert fitted((4.0, 3.0), 0.6) == [3.5, 3.5]
+    assert fitted((4.0, 3.0), 0.1) == [4.0, 3.0]
+    # A level counts as the sizes that it is made of, and takes up what comes if need be.
+    assert fitted((2.0, 5.0, 4.0, 3.9, 9.0), 0.6) == pytest.approx([2.0, 4.3, 4.3, 4.3, 9.0])
 
 
 def test_a_model_measured_at_fewer_batch_sizes_rises_on_rather_than_staying_flat() -> None:

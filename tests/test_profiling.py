@@ -147,6 +147,8 @@ def test_no_run_asks_for_more_tokens_than_the_engine_takes() -> None:
         engine = TINY.engine.model_copy(update={"max_model_len": length})
         runs = plan_runs(TINY.model_copy(update={"engine": engine}))
         assert max(run.num_prompt_tokens for run in runs) <= length - 8
+        varied = [run.num_prompt_tokens for run in runs if run.kind in ("prefill", "stall")]
+        assert max(varied) + 16 <= length - 8
 
 
 def test_a_cell_says_how_sure_it_is() -> None:
@@ -177,12 +179,22 @@ def test_waves_and_joining_prompts_are_measured_on_an_engine_that_is_played() ->
             waves = wave_paces_ms(target, 2, 8, 12, 100)
             pace_ms = await anext(waves)
             await waves.aclose()  # type: ignore[attr-defined]
-            return pace_ms, len(await joined_prompts(target, 2, 8, 3, 30.0))
+            return pace_ms, len(await joined_prompts(target, 2, 8, 3, 30.0, 100))
 
     with serving(FakeEngine("played", 0.03, counts=True).app) as url:
         pace_ms, num_joined = asyncio.run(measure(url))
     assert pace_ms >= 30.0  # it sleeps that long for each token
     assert 0 < num_joined <= 3
+
+
+def test_prompts_join_a_batch_of_a_fast_engine_too() -> None:
+    async def measure(url: str) -> int:
+        async with open_session(20) as session:
+            target = Target(session, url, "played", np.random.default_rng(0))
+            return len(await joined_prompts(target, 2, 8, 2, 2.0, 500))
+
+    with serving(FakeEngine("played", 0.002, counts=True).app) as url:
+        assert asyncio.run(measure(url)) > 0
 
 
 def test_a_server_that_does_not_count_along_leaves_the_tokens_of_events_open() -> None:

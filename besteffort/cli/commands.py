@@ -56,7 +56,6 @@ def profile(
         bool,
         typer.Option("--on-this-gpu", help="Into a fleet directory of its own, named after the GPU here."),
     ] = False,
-    seed: Seed = 0,
 ) -> None:
     """Measure each model's latency on this machine: by batch size, context, prompt length, and side by side.
 
@@ -95,7 +94,6 @@ def profile(
         fleet_dir,
         output=output or fleet_dir / "profile.parquet",
         attached=parse_engines(engine),
-        seed=seed,
         budget_s=parse_duration_s("--budget", budget),
         precision=precision,
         suggest_deadline=suggest_deadline,

@@ -1,6 +1,7 @@
 """Latencies measured on running engines: waves of equal requests, and prompts that join them."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +11,9 @@ import numpy as np
 
 from besteffort.engines.client import Completion, complete, completion_body, random_prompt
 from besteffort.errors import EngineError
+
+_LEAD_MS = 100.0  # in which a batch's own prompts are surely read
+_FEWER_OR_MORE = 16  # tokens of a prompt, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,18 @@ def token_count(completion: Completion, first: int, last: int) -> int:
 
 
 async def first_token_ms(target: Target, num_prompt_tokens: int) -> float:
-    """Time to the first token of a single request."""
-    return (await target.ask(num_prompt_tokens, 1)).ttft_ms
+    """Time to the first token of a single request: the mean of one somewhat shorter and one as much longer.
+
+    Lengths differ each time as they do in service. On a CPU a length that was just seen takes less: oneDNN
+    compiles its kernels for each number of rows, and keeps some hundreds.
+    """
+    more = _some_tokens(target.rng, num_prompt_tokens)
+    pair = [await target.ask(num_prompt_tokens + sign * more, 1) for sign in (-1, 1)]
+    return float(np.mean([one.ttft_ms for one in pair]))
+
+
+def _some_tokens(rng: np.random.Generator, num_prompt_tokens: int) -> int:
+    return int(rng.integers(0, min(_FEWER_OR_MORE, num_prompt_tokens)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +103,26 @@ class Joined:
 
 
 async def joined_prompts(
-    target: Target, batch_size: int, num_prompt_tokens: int, num_joining: int, step_ms: float
+    target: Target,
+    batch_size: int,
+    num_prompt_tokens: int,
+    num_joining: int,
+    step_ms: float,
+    most_steps: int,
 ) -> list[Joined]:
     """Let prompts of one length join a batch that decodes, one after another, at no fixed phase.
 
-    Each asks for a single token, so that the batch is as before once it is read.
+    Each asks for a single token, so that the batch is as before once it is read. By turns they are shorter
+    and longer, as in `first_token_ms`.
     """
-    num_steps = 16 + 10 * num_joining
+    num_steps = min(16 + 10 * num_joining + math.ceil(_LEAD_MS / step_ms), most_steps)
     running = [asyncio.create_task(target.ask(16, num_steps)) for _ in range(batch_size)]
-    await asyncio.sleep(6 * step_ms / 1000.0 + 0.1)
+    await asyncio.sleep((6 * step_ms + _LEAD_MS) / 1000.0)
     joining: list[Completion] = []
+    more = 0
     while len(joining) < num_joining and not any(task.done() for task in running):
-        joining.append(await target.ask(num_prompt_tokens, 1))
+        more = -more if len(joining) % 2 else _some_tokens(target.rng, num_prompt_tokens)
+        joining.append(await target.ask(num_prompt_tokens + more, 1))
         await asyncio.sleep(step_ms * (3 + 2 * target.rng.random()) / 1000.0)
     batch = [await task for task in running]
     last = min(one.chunk_at[-1] for one in batch)

@@ -94,19 +94,39 @@ def _fit_steps(
     batch_sizes = np.array(sorted({sample.batch_size for sample in samples}), dtype=np.int64)
     rows = []
     for name, per_token_ms in zip(model_names, context_ms, strict=True):
-        measured = [
-            (s.batch_size, s.mean_ms - per_token_ms * s.batch_size * s.context_tokens)
-            for s in samples
-            if s.model == name
-        ]
-        if not measured:
+        of_model = [s for s in samples if s.model == name]
+        if not of_model:
             raise ValueError(f"no decode samples of model {name!r}")
-        sizes = np.array(sorted({size for size, _ in measured}), dtype=np.int64)
-        means = [np.mean([ms for size, ms in measured if size == wanted]) for wanted in sizes]
-        # A larger batch is never faster: what falls is noise, and would make waiting look free.
-        # So would a flat end where another model was measured at larger batches than this one.
-        rows.append(interpolate(batch_sizes, sizes, np.maximum.accumulate(means)))
+        sizes = np.array(sorted({s.batch_size for s in of_model}), dtype=np.int64)
+        steps = [
+            _mean_step([s for s in of_model if s.batch_size == size], per_token_ms) for size in sizes.tolist()
+        ]
+        # A flat end where another model was measured at larger batches would make waiting look free.
+        rows.append(interpolate(batch_sizes, sizes, _without_doubtful_falls(steps)))
     return batch_sizes, np.array(rows)
+
+
+def _mean_step(samples: Sequence[Sample], context_ms_per_token: float) -> tuple[float, float]:
+    """At one batch size: a step without its context, and how far off it may be."""
+    bare = [s.mean_ms - context_ms_per_token * s.batch_size * s.context_tokens for s in samples]
+    doubts = [np.inf if s.ci_ms is None else s.ci_ms for s in samples]
+    return float(np.mean(bare)), float(np.mean(doubts))
+
+
+def _without_doubtful_falls(steps: Sequence[tuple[float, float]]) -> Floats:
+    """Steps by rising batch size, level where a larger batch seems faster and may be so by chance.
+
+    A surely faster one is kept: at some sizes a matrix product takes another kernel, as that of two
+    rows on a CPU, which is slower than that of four.
+    """
+    blocks: list[tuple[float, float, int]] = []  # mean, doubt, number of sizes
+    for mean, doubt in steps:
+        blocks.append((mean, doubt, 1))
+        while len(blocks) > 1 and 0.0 < blocks[-2][0] - blocks[-1][0] <= blocks[-2][1] + blocks[-1][1]:
+            (one, doubt_of_one, num), (other, doubt_of_other, more) = blocks[-2:]
+            level = (num * one + more * other) / (num + more)
+            blocks[-2:] = [(level, max(doubt_of_one, doubt_of_other), num + more)]
+    return np.repeat([mean for mean, _, _ in blocks], [num for *_, num in blocks])
 
 
 def _fit_prefill(samples: list[Sample], model_names: Sequence[str]) -> tuple[Floats, Floats]:

@@ -7,13 +7,14 @@ from typing import Literal
 
 from besteffort.fleet import Fleet
 
-BATCH_SIZES = (1, 4, 16, 8, 2, 32, 64, 128, 256)  # those without which there is no fit come first
+# Those without which there is no fit come first. Small ones need not lie on a line: kernels differ.
+BATCH_SIZES = (1, 4, 16, 2, 8, 32, 3, 6, 64, 128, 12, 24, 256)
 BATCH_SIZE = 4  # where the batch is not what is varied
 LARGE_BATCH = 16  # of models side by side
 SHORT_PROMPT = 16  # tokens
 PROMPT_LENGTHS = (16, 64, 256, 1024)
 LONG_PROMPT_SHARE = 0.7  # of max_model_len: the rest is for answers
-_MARGIN_TOKENS = 8
+_MARGIN_TOKENS = 24  # lengths of prompts vary about those that are planned
 _MANY_MODELS = 5  # from here on only what is needed is measured side by side
 
 

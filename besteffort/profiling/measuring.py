@@ -12,7 +12,7 @@ from besteffort.engines.measure import Target, first_token_ms, joined_prompts, w
 from besteffort.fleet import Fleet
 from besteffort.latency import Sample
 from besteffort.latency.samples import spread_of
-from besteffort.profiling.design import Run
+from besteffort.profiling.design import SHORT_PROMPT, Run
 from besteffort.progress import Bar, Progress
 
 REQUEST_TIMEOUT_S = 120.0
@@ -23,6 +23,7 @@ _MAX_WAVES = 8  # of a run; more come by repeating it
 _TOGETHER_S = 5.0
 _NUM_PREFILLS = 5
 _NUM_JOINING = 6
+_TRIES = 3  # of letting prompts join, each with a batch twice as long
 _HURRIED = 2  # prompts of a run that is needed when the budget is spent
 _MAX_REPEATS = 8
 
@@ -49,7 +50,7 @@ class Cell:
     def samples(self, fleet: Fleet) -> list[Sample]:
         made = []
         for (kind, model), values in self.values.items():
-            if not values:  # no prompt joined while the whole batch ran
+            if not values:  # no prompt joined while the whole batch ran, however long
                 continue
             others = [n for n, m in enumerate(self.run.models) if m != model]
             made.append(
@@ -113,13 +114,14 @@ class Bench:
 
     async def _join(self, cell: Cell, num_joining: int) -> None:
         model, batch_size = cell.run.models[0], cell.run.batch_sizes[0]
-        joined = await joined_prompts(
-            self._targets[model],
-            batch_size,
-            cell.run.num_prompt_tokens,
-            num_joining,
-            self._usual_step_ms(model, batch_size),
-        )
+        step_ms, room = self._usual_step_ms(model, batch_size), self._room(SHORT_PROMPT)
+        for _ in range(_TRIES):  # on a busy machine a batch may end before a prompt has joined it
+            joined = await joined_prompts(
+                self._targets[model], batch_size, cell.run.num_prompt_tokens, num_joining, step_ms, room
+            )
+            if joined:
+                break
+            num_joining *= 2
         cell.values.setdefault(("stall", model), []).extend(one.stall_ms for one in joined)
         cell.values.setdefault(("joining", model), []).extend(one.ttft_ms for one in joined)
 

@@ -111,7 +111,6 @@ def _profile(demo: Demo, attached: Urls, progress: Progress) -> None:
         demo.fleet_dir,
         output=demo.profile,
         attached=attached,
-        seed=SEED,
         budget_s=PROFILE_BUDGET_S,
         progress=progress,
     )

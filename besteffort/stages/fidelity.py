@@ -120,7 +120,6 @@ def _profile(spec: Spec, urls: Urls, progress: Progress) -> tuple[list[Row], Pat
         spec.fleet_dir,
         output=path,
         attached=urls,
-        seed=SEED,
         budget_s=PROFILE_BUDGET_S,
         progress=progress,
     )

@@ -211,7 +211,7 @@ def _send(
     with _router(spec, fleet, progress) as url:
         title = f"Replaying {spec.trace.stem} by {spec.policy or url}"
         with progress.bar(title, len(requests)) as bar:
-            rng = np.random.default_rng(spec.seed)
+            rng = np.random.default_rng()  # the prompts of an earlier replay would be in the prefix cache
             sending = send_open_loop(
                 requests,
                 fleet,
