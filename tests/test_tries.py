@@ -197,11 +197,26 @@ def test_a_stream_of_which_only_the_head_came_has_not_begun(fleet: Fleet, answer
         one.door.settled()
 
 
-@pytest.mark.parametrize("events", [(says_in_a_stream(400),), (_TOKEN, says_in_a_stream(500)), ()])
-def test_any_other_stream_is_passed_on_as_it_is(fleet: Fleet, events: tuple[bytes, ...]) -> None:
+@pytest.mark.parametrize(
+    ("events", "outcome"),
+    [
+        ((says_in_a_stream(400),), "failed"),
+        ((_TOKEN, says_in_a_stream(500), b"data: [DONE]\n\n"), "failed"),
+        ((b'data: {"choices":[{"text":"{\\"error\\":1}"}]}\n\n',), "ok"),
+        ((), "ok"),
+    ],
+)
+def test_any_other_stream_is_passed_on_as_it_is(
+    fleet: Fleet, events: tuple[bytes, ...], outcome: str
+) -> None:
     with three(fleet, streams(*events), well, well) as one:
         assert one.ask(_STREAMED) == (200, "small 0", b"".join(events))
         assert one.num_asked == [1, 0, 0]
+        assert one.counted("besteffort_requests_total") == {
+            f'{{model="small",outcome="{outcome}",task="copa"}}': 1
+        }
+        _, answer = one.door.ask(completion(_STREAMED, b"x-besteffort-receipt: stream"))
+        assert (b'"besteffort"' in answer) == (outcome == "ok"), "what failed has no receipt"
 
 
 def test_where_all_fail_in_a_stream_s_first_event_the_last_one_s_is_passed_on(fleet: Fleet) -> None:

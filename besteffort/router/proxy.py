@@ -234,7 +234,15 @@ class Exchange:
         self._last_byte_at = self._proxy.dispatcher.clock()
         if self._stream_end is not None:  # which had no last event
             self._write_receipt(self._stream_end.rest())
-        self._end("ok" if self._status < 400 else "refused")
+        tokens = self._tokens
+        if tokens is None:
+            self._end("refused")
+        elif not tokens.failed:
+            self._end("ok")
+        else:
+            if self._entry is not None:
+                self._entry.error = "error_event"
+            self._end("failed")
         self._is_over = True
         self._responder.end()
 
@@ -378,6 +386,9 @@ class Exchange:
     def _write_receipt(self, before: bytes) -> None:
         self._stream_end = None
         assert self._tokens is not None, "those of a stream are counted"
+        if self._tokens.failed:
+            self._responder.write(before)
+            return
         outcome = Outcome(
             num_tokens=self._tokens.total,
             ttft_ms=1000.0 * (self._first_byte_at - self._route.arrived_at),

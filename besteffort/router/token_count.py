@@ -13,11 +13,18 @@ _OVERLAP = 256  # at least the longest match
 _CHOICE = re.compile(rb'"choices"[ \t]{0,64}:[ \t]{0,64}\[[ \t]{0,64}\{')
 _ROLE = re.compile(rb'"role"[ \t]{0,64}:')
 _CONTENT = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments)"[ \t]{0,64}:[ \t]{0,64}"[^"]')
+_ERROR_KEY = b'{"error"'
+_ERROR = re.compile(rb'^data: ?\{"error"[ \t]{0,64}:', re.MULTILINE)
 _MAX_EVENT = 1024 * 1024  # a longer one is passed on, but not looked at
 
 
 class TokenCount(Protocol):
-    """Fed with an answer's bytes as they pass; `total` is right once all have passed."""
+    """Fed with an answer's bytes as they pass; `total` is right once all have passed.
+
+    `failed`: in the midst of a stream there was an error.
+    """
+
+    failed: bool
 
     def feed(self, data: bytes) -> None: ...
 
@@ -27,6 +34,8 @@ class TokenCount(Protocol):
 
 class PlainCount:
     """Of an answer that comes whole: what it states as its usage; 0 if it does not."""
+
+    failed = False
 
     def __init__(self) -> None:
         self._tail = b""
@@ -56,6 +65,7 @@ class StreamCount:
         self._num_events = 0
         self._usage: int | None = None
         self._too_long = False
+        self.failed = False
 
     @property
     def total(self) -> int:
@@ -86,6 +96,8 @@ class StreamCount:
         return others if skipped else whole + b"\n" + others
 
     def _count(self, lines: bytes) -> None:
+        if _ERROR_KEY in lines and _ERROR.search(lines) is not None:
+            self.failed = True
         if _USAGE_KEY in lines and (found := _USAGE.findall(lines)):
             self._usage = int(found[-1])
         if b'"role"' in lines:
