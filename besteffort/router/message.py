@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Protocol
@@ -33,6 +33,9 @@ class Reply:
     media_type: str = "application/json"
     headers: tuple[Header, ...] = ()
     closes: bool = field(default=False)
+
+    def identified(self, request_id: bytes) -> "Reply":
+        return replace(self, headers=(*self.headers, (b"x-request-id", request_id)))
 
 
 class Refusal(Exception):  # noqa: N818 -- not a fault of ours

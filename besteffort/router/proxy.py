@@ -1,62 +1,27 @@
-"""One request's way: read, routed, sent to its engine, and the answer's bytes passed on as they come."""
+"""Requests to models: read, given to an engine, or turned away."""
 
-import contextlib
 import itertools
-import math
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from besteffort.engines.running import Engine
-from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
-from besteffort.router.decision_log import DecisionLog, Entry
-from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
+from besteffort.router.asked import AskedReader
+from besteffort.router.decision_log import DecisionLog
+from besteffort.router.dispatcher import Dispatcher, NoReplicaError
+from besteffort.router.exchange import Exchange
 from besteffort.router.health import Health
 from besteffort.router.limits import Limits
-from besteffort.router.loads import Standing
-from besteffort.router.message import Header, Job, Refusal, Reply, Request, Responder, date_line
+from besteffort.router.message import Job, Refusal, Reply, Request, Responder
 from besteffort.router.metrics import Metrics
-from besteffort.router.openai_errors import error_event, error_reply
-from besteffort.router.receipt import (
-    DEADLINE_HEADER,
-    RECEIPT_HEADER,
-    STREAMED,
-    Outcome,
-    Receipts,
-    StreamEnd,
-)
-from besteffort.router.request_body import RequestBody
-from besteffort.router.token_count import PlainCount, StreamCount, TokenCount
-from besteffort.router.tries import Tries, ends_try
+from besteffort.router.openai_errors import error_reply
+from besteffort.router.receipt import Receipts
 from besteffort.router.turnover import Turnover
-from besteffort.router.upstream import Call, Fault, Upstream
+from besteffort.router.upstream import Upstream
 
-_TASK = TASK_HEADER.encode()
-_DEADLINE = DEADLINE_HEADER.encode()
-_RECEIPT = RECEIPT_HEADER.encode()
-_ERROR_EVENT = re.compile(rb'data: ?\{"error": ?\{.*"code": ?(5\d\d)\b')
-_MAX_DEADLINE_MS = 1e6
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 # Headers that go to the engine as the client wrote them. All others stay here.
-_PASSED_IN = (b"traceparent", b"tracestate")
-# Headers that speak of one connection and not of the answer (RFC 9110, Sec. 7.6.1), and those that
-# are written anew.
-_NOT_PASSED_OUT = frozenset(
-    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
-    b"transfer-encoding upgrade content-length server x-request-id".split()
-)
-
-
-@dataclass(slots=True)
-class Asked:
-    """What a request asks for, as far as routing and accounting go."""
-
-    address: Address
-    deadline_ms_per_token: float
-    body: RequestBody
-    request_id: bytes
-    streams_receipt: bool  # wants one at the end of a stream
+_PASSED_IN: tuple[bytes, ...] = (b"traceparent", b"tracestate")
 
 
 class Proxy:
@@ -82,7 +47,7 @@ class Proxy:
         self.passed_in = (*_PASSED_IN, b"authorization") if forward_authorization else _PASSED_IN
         self.receipts = Receipts(dispatcher)
         self.turnover = Turnover(limits.max_in_flight)
-        self._addresses = Addresses(dispatcher.fleet)
+        self._reader = AskedReader(dispatcher.fleet)
         self._upstreams = upstreams
         self._process = secrets.token_hex(8).encode()
         self._numbers = itertools.count(1)
@@ -93,15 +58,15 @@ class Proxy:
         try:
             if self.num_in_flight >= self.limits.max_in_flight:
                 raise Refusal(self._turn_away())
-            exchange = Exchange(self, request, self._read(request, request_id), responder)
+            exchange = Exchange(self, request, self._reader.read(request, request_id), responder)
             exchange.start()
         except NoReplicaError as error:
             self.metrics.turned_away["no_replica"] += 1
             refusal = error_reply(503, str(error), "no_replica", retry_after_s=self.health.retry_after_s)
-            responder.reply(_identified(refusal, request_id))
+            responder.reply(refusal.identified(request_id))
             return None
         except Refusal as refused:
-            responder.reply(_identified(refused.reply, request_id))
+            responder.reply(refused.reply.identified(request_id))
             return None
         return exchange
 
@@ -118,369 +83,3 @@ class Proxy:
         if given is not None and _REQUEST_ID.fullmatch(given):
             return given
         return b"%b-%x" % (self._process, next(self._numbers))
-
-    def _read(self, request: Request, request_id: bytes) -> Asked:
-        """Raises Refusal."""
-        headers = request.headers
-        media_type = headers.get(b"content-type")
-        if media_type is not None and media_type.partition(b";")[0].strip().lower() != b"application/json":
-            raise Refusal(error_reply(415, "The body must be application/json", "unsupported_media_type"))
-        task = headers.get(_TASK)
-        try:
-            body = RequestBody(request.body)
-            address = self._addresses.read(None if task is None else task.decode("latin-1"), body.model)
-        except ValueError:
-            raise Refusal(error_reply(400, "The body is not a JSON object", "invalid_json")) from None
-        except UnknownAddressError as error:
-            raise Refusal(error_reply(404, str(error), "model_not_found", error.param)) from None
-        deadline = _deadline(
-            headers.get(_DEADLINE), self.dispatcher.fleet.tasks[address.task].deadline_ms_per_token
-        )
-        return Asked(address, deadline, body, request_id, _streams_receipt(headers.get(_RECEIPT)))
-
-
-class Exchange:
-    """A request at an engine, and the answer on its way to the client."""
-
-    __slots__ = (
-        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_is_over", "_last_byte_at",
-        "_proxy", "_request", "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens",
-        "_tries",
-    )  # fmt: skip
-
-    def __init__(self, proxy: Proxy, request: Request, asked: Asked, responder: Responder) -> None:
-        self._proxy = proxy
-        self._request = request
-        self._asked = asked
-        self._responder = responder
-        self._route: Route
-        self._entry: Entry | None = None  # if there is a log
-        self._call: Call | None = None
-        self._head: tuple[list[bytes], int | None]  # lines, and the body's length
-        self._tokens: TokenCount | None = None
-        self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
-        self._tries: Tries | None = None  # none has failed
-        self._status = 0
-        self._streams = False
-        self._begun = self._is_over = False
-        self._first_byte_at = self._last_byte_at = 0.0
-
-    def start(self) -> None:
-        """Raises NoReplicaError."""
-        proxy = self._proxy
-        self._route = proxy.dispatcher.begin(self._asked.address.task, self._asked.address.pinned)
-        proxy.num_in_flight += 1
-        try:
-            if proxy.decision_log is not None:
-                decision, asked = proxy.dispatcher.decision, self._asked
-                self._entry = Entry(proxy.decision_log, decision, asked.body, asked.request_id)
-            self._send()
-        except Exception:
-            proxy.num_in_flight -= 1
-            proxy.dispatcher.end(self._route)
-            raise
-
-    def _send(self) -> None:
-        upstream = self._proxy.upstream_of(self._route.engine)
-        self._call = upstream.send(self._rewritten(upstream), self)
-
-    # What the client's connection says: see `Job`.
-
-    def cancel(self) -> None:
-        if self._call is not None:
-            self._call.cancel()
-            self._end("cancelled")
-
-    def pause(self) -> None:
-        if self._call is not None:
-            self._call.pause()
-
-    def resume(self) -> None:
-        if self._call is not None:
-            self._call.resume()
-
-    # What the engine's connection says: see `Sink`.
-
-    def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None:
-        if status >= 500 and self._is_given_to_another(status):
-            return
-        self._status = status
-        lines, self._streams = _passed_out(headers)
-        self._head = lines, length
-        # vLLM sends the head of a stream when it has taken the request, and then lets it wait.
-        if not self._streams or status >= 400:
-            self._begin(status)
-
-    def on_body(self, data: bytes) -> None:
-        if not self._begun and not self._begin_stream(data):
-            return
-        if self._tokens is not None:
-            self._tokens.feed(data)
-            if self._entry is not None:
-                self._entry.feed(data)
-        if self._stream_end is None:
-            self._responder.write(data)
-        else:
-            self._write_up_to_receipt(self._stream_end, data)
-
-    def on_batch(self) -> None:
-        if self._begun:
-            self._last_byte_at = self._proxy.dispatcher.clock()
-            self._responder.flush()
-
-    def on_end(self) -> None:
-        if not self._begun:
-            self._begin(self._status)
-        self._last_byte_at = self._proxy.dispatcher.clock()
-        if self._stream_end is not None:  # which had no last event
-            self._write_receipt(self._stream_end.rest())
-        tokens = self._tokens
-        if tokens is None:
-            self._end("refused")
-        elif not tokens.failed:
-            self._end("ok")
-        else:
-            if self._entry is not None:
-                self._entry.error = "error_event"
-            self._end("failed")
-        self._is_over = True
-        self._responder.end()
-
-    def on_fault(self, fault: Fault) -> None:
-        status, code = (504, "engine_timeout") if fault.hangs else (502, "engine_failed")
-        if not self._begun:
-            self._proxy.health.of(self._route).failed(hangs=fault.hangs)
-            if ends_try(fault) and self._try_another():
-                return
-            self._status = status
-        if self._entry is not None:
-            self._entry.error = fault.kind
-        self._end("failed")
-        fleet = self._proxy.dispatcher.fleet
-        name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
-        self._say_failed(status, f"The engine of {name} failed: {fault}", code)
-
-    def on_crash(self) -> None:
-        """Whatever it was that failed here: nothing stays counted, and the client hears of it."""
-        if not self._begun:
-            self._status = 500
-        if self._call is not None:
-            with contextlib.suppress(Exception):  # what counts comes first there
-                self._end("failed")
-        try:
-            self._say_failed(500, "The router failed; its log says how", "internal_error")
-        except Exception:
-            self._responder.break_off()
-
-    def _say_failed(self, status: int, message: str, code: str) -> None:
-        if self._is_over:  # as far as we know
-            self._responder.break_off()
-            return
-        self._is_over = True
-        if not self._begun:
-            is_up = self._proxy.health.of(self._route).standing is Standing.UP
-            retry_after_s = None if is_up else self._proxy.health.retry_after_s
-            reply = error_reply(status, message, code, retry_after_s=retry_after_s)
-            self._responder.reply(_identified(reply, self._asked.request_id))
-        elif self._streams:
-            self._responder.write(b"\n\n" + error_event(message, code))  # it may be in the midst of an event
-            self._responder.end()
-        else:
-            self._responder.break_off()  # half an answer must not look whole
-
-    def _begin_stream(self, data: bytes) -> bool:
-        """Unless its first event is what vLLM says of an engine that died: that is as good as the status."""
-        error = _ERROR_EVENT.match(data)
-        status = self._status if error is None else int(error[1])
-        if status >= 500 and self._is_given_to_another(status):
-            return False
-        self._begin(status)
-        return True
-
-    def _begin(self, status: int) -> None:
-        """Pass on the head, now that it is this engine's answer; `status` is what that amounts to."""
-        self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
-        if status < 500:
-            self._proxy.health.of(self._route).answered(status)
-        if self._tries is not None:
-            self._tries.answered(status)
-        lines, length = self._head
-        if self._status < 400:
-            self._tokens = StreamCount() if self._streams else PlainCount()
-            if self._streams and self._asked.streams_receipt:
-                self._stream_end, length = StreamEnd(), None
-        receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
-        lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
-        self._begun = True
-        self._responder.begin(self._status, b"".join(lines), length)
-
-    def _is_given_to_another(self, status: int) -> bool:
-        """Whether another replica is asked, since it may have a better answer than this one's 5xx."""
-        if not ends_try(status):
-            return False
-        call, breaker = self._call, self._proxy.health.of(self._route)
-        assert call is not None, "an answer is a call's"
-        breaker.answered(status)
-        if status == 500:
-            self._tries = self._tries or Tries()
-            self._tries.doubt(breaker)
-        if not self._try_another():
-            return False
-        call.cancel()
-        return True
-
-    def _try_another(self) -> bool:
-        """Nothing of an answer has been passed on, so that another replica may give it."""
-        dispatcher, failed = self._proxy.dispatcher, self._route
-        tries = self._tries = self._tries or Tries()
-        tries.note(failed)
-        if tries.are_over:
-            return False
-        try:
-            self._route = dispatcher.begin_again(failed, tries.places)
-        except NoReplicaError:
-            return False
-        tries.num_retries += 1
-        self._status, self._streams = 0, False
-        dispatcher.end(failed)
-        self._proxy.metrics.retried(failed)
-        self._send()
-        return True
-
-    def _end(self, outcome: str) -> None:
-        """Everything that was counted for this request is taken back here, once."""
-        assert self._call is not None, "a request ends once"
-        self._call = None  # and nothing is left that refers to itself
-        proxy, route = self._proxy, self._route
-        proxy.num_in_flight -= 1
-        proxy.dispatcher.end(route)
-        metrics = proxy.metrics
-        metrics.ended(route, outcome)
-        latency = None
-        if outcome == "ok":
-            proxy.turnover.ended(self._last_byte_at - route.arrived_at)
-            latency = self._latency_ms_per_token()
-        if latency is not None:
-            metrics.answered(route, latency, self._asked.deadline_ms_per_token)
-            if self._streams:
-                metrics.began(route, self._first_byte_at)
-        if self._entry is not None:
-            self._log(self._entry, outcome, latency)
-
-    def _latency_ms_per_token(self) -> float | None:
-        """None where no tokens were counted. Several answers come side by side: the mean one's counts."""
-        if self._tokens is None or not (num_tokens := self._tokens.total):
-            return None
-        total_ms = 1000.0 * (self._last_byte_at - self._route.arrived_at)
-        return total_ms * self._asked.body.num_answers / num_tokens
-
-    def _write_up_to_receipt(self, stream_end: StreamEnd, data: bytes) -> None:
-        before, after = stream_end.feed(data)
-        if before:
-            self._responder.write(before)
-        if after:
-            self._last_byte_at = self._proxy.dispatcher.clock()
-            self._write_receipt(b"")
-            self._responder.write(after)
-
-    def _write_receipt(self, before: bytes) -> None:
-        self._stream_end = None
-        assert self._tokens is not None, "those of a stream are counted"
-        if self._tokens.failed:
-            self._responder.write(before)
-            return
-        outcome = Outcome(
-            num_tokens=self._tokens.total,
-            ttft_ms=1000.0 * (self._first_byte_at - self._route.arrived_at),
-            latency_ms_per_token=self._latency_ms_per_token(),
-        )
-        event = self._proxy.receipts.event(
-            self._route,
-            self._asked.deadline_ms_per_token,
-            outcome,
-            request_id=self._asked.request_id,
-            is_chat=b"/chat/" in self._request.target,
-        )
-        self._responder.write(before + event)
-
-    def _log(self, entry: Entry, outcome: str, latency_ms_per_token: float | None) -> None:
-        route = self._route
-        entry.end(
-            route,
-            outcome,
-            status=self._status,
-            num_retries=0 if self._tries is None else self._tries.num_retries,
-            began_at=self._first_byte_at if self._streams and self._begun else math.nan,
-            ended_at=self._proxy.dispatcher.clock() if outcome != "ok" else self._last_byte_at,
-            num_tokens=0 if self._tokens is None else self._tokens.total,
-            latency_ms_per_token=latency_ms_per_token,
-            deadline_ms_per_token=self._asked.deadline_ms_per_token,
-        )
-
-    def _rewritten(self, upstream: Upstream) -> list[bytes]:
-        """The request as the engine gets it: of the client's headers only those that it may set."""
-        body = self._asked.body.for_engine(self._route.engine.served_name)
-        headers = self._request.headers
-        passed = b""
-        for name in self._proxy.passed_in:
-            if name in headers:
-                passed += b"%b: %b\r\n" % (name, headers[name])
-        head = (
-            b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
-            # What the client did not ask to be compressed is not, and its tokens can be counted.
-            b"accept-encoding: identity\r\nx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n"
-        ) % (
-            upstream.base_path,
-            self._request.target,
-            upstream.authority,
-            self._asked.request_id,
-            len(body),
-            passed,
-        )
-        return [head, body]
-
-
-def _passed_out(headers: Sequence[Header]) -> tuple[list[bytes], bool]:
-    """The lines of an answer's head that go to the client, and whether the answer is a stream."""
-    dropped, lines, streams, dated = _NOT_PASSED_OUT, [], False, False
-    for name, value in headers:
-        if name == b"connection":
-            dropped = dropped.union(word.strip().lower() for word in value.split(b","))
-    for name, value in headers:
-        if name in dropped:
-            continue
-        lines.append(b"%b: %b\r\n" % (name, value))
-        if name == b"content-type":
-            streams = value.startswith(b"text/event-stream")
-        elif name == b"date":
-            dated = True
-    if not dated:
-        lines.append(date_line())
-    return lines, streams
-
-
-def _deadline(given: bytes | None, of_task: float) -> float:
-    """Raises Refusal: what was given is no positive number of milliseconds."""
-    if given is None:
-        return of_task
-    try:
-        deadline = float(given)
-    except ValueError:
-        deadline = math.nan
-    if not 0 < deadline <= _MAX_DEADLINE_MS:
-        message = f"{DEADLINE_HEADER} must be a number of milliseconds over 0, up to {_MAX_DEADLINE_MS:g}"
-        raise Refusal(error_reply(400, message, "invalid_deadline", DEADLINE_HEADER))
-    return deadline
-
-
-def _streams_receipt(given: bytes | None) -> bool:
-    """Raises Refusal: what was given is nothing that can be asked for."""
-    if given is None or given == STREAMED:
-        return given is not None
-    message = f"{RECEIPT_HEADER} must be {STREAMED.decode()!r}, or not be there"
-    raise Refusal(error_reply(400, message, "invalid_receipt", RECEIPT_HEADER))
-
-
-def _identified(reply: Reply, request_id: bytes) -> Reply:
-    headers = (*reply.headers, (b"x-request-id", request_id))
-    return Reply(reply.status, reply.body, reply.media_type, headers, reply.closes)

@@ -1,0 +1,74 @@
+"""What a request asks for, read from its head and its body."""
+
+import math
+from dataclasses import dataclass
+
+from besteffort.fleet import Fleet
+from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
+from besteffort.router.message import Refusal, Request
+from besteffort.router.openai_errors import error_reply
+from besteffort.router.receipt import DEADLINE_HEADER, RECEIPT_HEADER, STREAMED
+from besteffort.router.request_body import RequestBody
+
+_TASK = TASK_HEADER.encode()
+_DEADLINE = DEADLINE_HEADER.encode()
+_RECEIPT = RECEIPT_HEADER.encode()
+_MAX_DEADLINE_MS = 1e6
+
+
+@dataclass(slots=True)
+class Asked:
+    """What a request asks for, as far as routing and accounting go."""
+
+    address: Address
+    deadline_ms_per_token: float
+    body: RequestBody
+    request_id: bytes
+    streams_receipt: bool  # wants one at the end of a stream
+
+
+class AskedReader:
+    """Reads requests to one fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._addresses = Addresses(fleet)
+
+    def read(self, request: Request, request_id: bytes) -> Asked:
+        """Raises Refusal."""
+        headers = request.headers
+        media_type = headers.get(b"content-type")
+        if media_type is not None and media_type.partition(b";")[0].strip().lower() != b"application/json":
+            raise Refusal(error_reply(415, "The body must be application/json", "unsupported_media_type"))
+        task = headers.get(_TASK)
+        try:
+            body = RequestBody(request.body)
+            address = self._addresses.read(None if task is None else task.decode("latin-1"), body.model)
+        except ValueError:
+            raise Refusal(error_reply(400, "The body is not a JSON object", "invalid_json")) from None
+        except UnknownAddressError as error:
+            raise Refusal(error_reply(404, str(error), "model_not_found", error.param)) from None
+        deadline = _deadline(headers.get(_DEADLINE), self._fleet.tasks[address.task].deadline_ms_per_token)
+        return Asked(address, deadline, body, request_id, _streams_receipt(headers.get(_RECEIPT)))
+
+
+def _deadline(given: bytes | None, of_task: float) -> float:
+    """Raises Refusal: what was given is no positive number of milliseconds."""
+    if given is None:
+        return of_task
+    try:
+        deadline = float(given)
+    except ValueError:
+        deadline = math.nan
+    if not 0 < deadline <= _MAX_DEADLINE_MS:
+        message = f"{DEADLINE_HEADER} must be a number of milliseconds over 0, up to {_MAX_DEADLINE_MS:g}"
+        raise Refusal(error_reply(400, message, "invalid_deadline", DEADLINE_HEADER))
+    return deadline
+
+
+def _streams_receipt(given: bytes | None) -> bool:
+    """Raises Refusal: what was given is nothing that can be asked for."""
+    if given is None or given == STREAMED:
+        return given is not None
+    message = f"{RECEIPT_HEADER} must be {STREAMED.decode()!r}, or not be there"
+    raise Refusal(error_reply(400, message, "invalid_receipt", RECEIPT_HEADER))
