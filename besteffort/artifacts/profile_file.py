@@ -10,13 +10,21 @@ import pyarrow as pa
 from besteffort.artifacts import files
 from besteffort.errors import ProfileError
 from besteffort.fleet import Fleet
-from besteffort.latency import Latency, Sample, fit_latency, fitted_ms
+from besteffort.latency import Latency, Sample, Served, fit_latency, fitted_ms
 
-VERSION = 2
-_OLDER = (1,)  # without what came with version 2, which is optional
+VERSION = 3
+_OLDER = (1, 2)  # without what came with later versions, which is optional
+SERVED = pa.struct(
+    [
+        pa.field("at_s", pa.float64(), nullable=False),
+        pa.field("num_prompt_tokens", pa.int64(), nullable=False),
+        pa.field("num_output_tokens", pa.int64(), nullable=False),
+        pa.field("latency_ms_per_token", pa.float64(), nullable=False),
+    ]
+)
 SCHEMA = pa.schema(
     [
-        pa.field("kind", pa.string(), nullable=False),  # decode | prefill | stall | joining | interference
+        pa.field("kind", pa.string(), nullable=False),  # one of KINDS
         pa.field("model", pa.string(), nullable=False),
         pa.field("batch_size", pa.int64(), nullable=False),  # requests kept in flight
         pa.field("num_prompt_tokens", pa.int64(), nullable=False),
@@ -32,9 +40,11 @@ SCHEMA = pa.schema(
         pa.field("ci_ms", pa.float64()),  # half the width of the mean's 95 % confidence interval
         pa.field("outliers_ms", pa.list_(pa.float64())),  # measured, and left out of the mean
         pa.field("fitted_ms", pa.float64()),  # what the simulator makes of the cell
+        pa.field("served", pa.list_(SERVED)),  # the requests of a service
+        pa.field("scale", pa.float64()),  # that the simulator needs to come to a service's mean
     ]
 )
-KINDS = ("decode", "prefill", "stall", "joining", "interference")
+KINDS = ("decode", "prefill", "stall", "joining", "interference", "service")
 _MEND = "run `besteffort profile FLEET_DIR`, or name another file with --profile"
 
 
@@ -62,19 +72,22 @@ def load_samples(path: Path) -> tuple[list[Sample], dict[str, Any]]:
 
 def _sample(row: dict[str, Any]) -> Sample:
     lists = {name: tuple(row[name] or ()) for name in ("busy_models", "busy_batch_sizes", "outliers_ms")}
-    return Sample(**{**row, **lists, "context_tokens": row["context_tokens"] or 0.0})
+    served = tuple(Served(**one) for one in row["served"] or ())
+    return Sample(**{**row, **lists, "served": served, "context_tokens": row["context_tokens"] or 0.0})
 
 
 def with_fit(samples: Iterable[Sample], fleet: Fleet) -> tuple[list[Sample], Latency]:
     """The samples with what the fit makes of each, and the fit.
 
+    A cell is held against the fit to all cells, without what services make of it.
+
     Raises:
         ValueError: there are too few samples for a fit.
     """
-    samples = list(samples)
-    latency = fit_latency(samples, fleet.model_names)
-    names = fleet.model_names
-    return [replace(one, fitted_ms=fitted_ms(one, latency, names)) for one in samples], latency
+    samples, names = list(samples), fleet.model_names
+    of_cells = fit_latency([one for one in samples if one.kind != "service"], names)
+    fitted = [replace(one, fitted_ms=fitted_ms(one, of_cells, names)) for one in samples]
+    return fitted, fit_latency(samples, names)
 
 
 def load_latency(path: Path, fleet: Fleet) -> Latency:

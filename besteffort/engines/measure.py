@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from besteffort.engines.client import Completion, complete, completion_body, random_prompt
 from besteffort.errors import EngineError
+from besteffort.latency import Served
 
 _LEAD_MS = 100.0  # in which a batch's own prompts are surely read
 _FEWER_OR_MORE = 16  # tokens of a prompt, at most
@@ -77,6 +79,33 @@ def token_count(completion: Completion, first: int, last: int) -> int:
     if not completion.tokens_at:
         return last - first
     return completion.tokens_at[last] - completion.tokens_at[first]
+
+
+async def serve(
+    targets: Sequence[Target],
+    rate_per_s: float,
+    lengths: Callable[[np.random.Generator], tuple[int, int]],
+    duration_s: float,
+) -> list[list[Served]]:
+    """Let requests come at random (Poisson) for a time, to each target as often, and wait for all answers.
+
+    `lengths` draws a request's tokens, of its prompt and of its answer. At least one request comes to each.
+    """
+    began_at = time.perf_counter()
+
+    async def one(target: Target, after_s: float) -> Served:
+        num_prompt_tokens, num_output_tokens = lengths(target.rng)
+        await asyncio.sleep(max(0.0, began_at + after_s - time.perf_counter()))
+        done = await target.ask(num_prompt_tokens, num_output_tokens)
+        latency_ms = 1000.0 * (done.chunk_at[-1] - done.sent_at) / done.num_tokens
+        return Served(done.sent_at - began_at, num_prompt_tokens, num_output_tokens, latency_ms)
+
+    async def come(target: Target) -> list[Served]:
+        num = max(1, int(target.rng.poisson(rate_per_s * duration_s)))
+        instants = np.sort(target.rng.uniform(0.0, duration_s, num))
+        return list(await asyncio.gather(*(one(target, float(after_s)) for after_s in instants)))
+
+    return list(await asyncio.gather(*map(come, targets)))
 
 
 async def first_token_ms(target: Target, num_prompt_tokens: int) -> float:

@@ -2,6 +2,6 @@
 
 from besteffort.latency.fit import fit_latency, fitted_ms
 from besteffort.latency.model import Latency
-from besteffort.latency.samples import Sample
+from besteffort.latency.samples import Sample, Served
 
-__all__ = ["Latency", "Sample", "fit_latency", "fitted_ms"]
+__all__ = ["Latency", "Sample", "Served", "fit_latency", "fitted_ms"]

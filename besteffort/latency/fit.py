@@ -35,12 +35,17 @@ def fit_latency(samples: Iterable[Sample], model_names: Sequence[str]) -> Latenc
     )
     latency = _without_overhead(latency, prefill, by_kind.get("stall", []), model_names)
     latency = replace(latency, lag_steps=_fit_lag(latency, by_kind.get("joining", []), model_names))
-    slowdown, pressure = _fit_slowdown(by_kind.get("interference", []), latency, model_names)
-    return replace(latency, slowdown=slowdown, pressure=pressure)
+    services = [s for s in by_kind.get("service", []) if s.scale is not None]
+    beside = [s for s in services if s.busy_models] or by_kind.get("interference", [])
+    slowdown, pressure = _fit_slowdown(beside, latency, model_names)
+    latency = replace(latency, slowdown=slowdown, pressure=pressure)
+    return _as_in_service(latency, [s for s in services if not s.busy_models], model_names)
 
 
-def fitted_ms(sample: Sample, latency: Latency, model_names: Sequence[str]) -> float:
-    """What the fit makes of a cell, to be held against its `mean_ms`."""
+def fitted_ms(sample: Sample, latency: Latency, model_names: Sequence[str]) -> float | None:
+    """What the fit makes of a cell, to be held against its `mean_ms`; of a service a simulator must tell."""
+    if sample.kind == "service":
+        return sample.fitted_ms
     model = list(model_names).index(sample.model)
     step_ms = _step_ms(latency, model, sample)
     if sample.kind == "decode":
@@ -205,7 +210,7 @@ def _fit_slowdown(samples: list[Sample], alone: Latency, model_names: Sequence[s
         for name, size in zip(sample.busy_models, _busy_sizes(sample), strict=True):
             doublings[index[name]] = np.log2(size / PRESSURE_AT) if sample.busy_batch_sizes else 0.0
         others = sum(1 << index[name] for name in sample.busy_models)
-        ratio = sample.mean_ms / _step_ms(alone, model, sample)
+        ratio = sample.scale or sample.mean_ms / _step_ms(alone, model, sample)
         cells.setdefault((model, others), []).append((ratio, doublings))
     pressure = np.array([_fit_pressure(model, cells) for model in range(num_models)])
     measured = {
@@ -220,6 +225,17 @@ def _fit_slowdown(samples: list[Sample], alone: Latency, model_names: Sequence[s
                      for k in range(num_models) if others >> k & 1)  # fmt: skip
             slowdown[model, busy] = measured.get((model, others), 1.0 + sum(pairs))
     return slowdown, pressure
+
+
+def _as_in_service(latency: Latency, services: Sequence[Sample], model_names: Sequence[str]) -> Latency:
+    """With steps as long as they are where requests come and go."""
+    of_models = [[s.scale or 1.0 for s in services if s.model == name] for name in model_names]
+    scale = np.array([np.mean(scales) if scales else 1.0 for scales in of_models], dtype=np.float64)
+    return replace(
+        latency,
+        step_ms=latency.step_ms * scale[:, None],
+        context_ms_per_token=latency.context_ms_per_token * scale,
+    )
 
 
 def _fit_pressure(model: int, cells: dict[tuple[int, int], list[tuple[float, Floats]]]) -> Floats:

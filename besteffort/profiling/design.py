@@ -5,33 +5,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from besteffort.fleet import Fleet
 
 # Those without which there is no fit come first. Small ones need not lie on a line: kernels differ.
 BATCH_SIZES = (1, 4, 16, 2, 8, 32, 3, 6, 64, 128, 12, 24, 256)
 BATCH_SIZE = 4  # where the batch is not what is varied
-LARGE_BATCH = 16  # of models side by side
+# Requests in flight where they come and go, about: of a model alone, and of the slowest of several.
+ALONE_BATCHES, BESIDE_BATCHES = (2, 5), (1, 2)
 SHORT_PROMPT = 16  # tokens
 PROMPT_LENGTHS = (16, 64, 256, 1024)
 LONG_PROMPT_SHARE = 0.7  # of max_model_len: the rest is for answers
 _MARGIN_TOKENS = 24  # lengths of prompts vary about those that are planned
-_MANY_MODELS = 5  # from here on only what is needed is measured side by side
+_MANY_MODELS = 5  # from here on each pair is measured at one load only
 
 
 @dataclass(frozen=True)
 class Run:
     """One thing to do: load the models of `models` together, and measure each of them."""
 
-    kind: Literal["decode", "prefill", "stall", "interference"]
+    kind: Literal["decode", "prefill", "stall", "service"]
     models: tuple[int, ...]
-    batch_sizes: tuple[int, ...]  # of `models`
-    num_prompt_tokens: int
+    batch_sizes: tuple[int, ...]  # of `models`; of a service that of the slowest, which all are given
+    num_prompt_tokens: int  # of a service the mean
     needed: bool = False  # whatever the budget
 
     def title(self, fleet: Fleet) -> str:
         names = [fleet.model_names[m] for m in self.models]
-        if self.kind == "interference":
-            return " + ".join(f"{b} at {name}" for b, name in zip(self.batch_sizes, names, strict=True))
+        if self.kind == "service":
+            return f"{' and '.join(names)}, about {self.batch_sizes[0]} requests that come and go"
         if self.kind == "decode":
             return f"{names[0]}, batch {self.batch_sizes[0]}, prompts of {self.num_prompt_tokens} tokens"
         beside = f" beside a batch of {self.batch_sizes[0]}" if self.kind == "stall" else ""
@@ -41,11 +44,18 @@ class Run:
 def plan_runs(fleet: Fleet) -> list[Run]:
     """All runs, those that a fit needs first, then by turns what refines it.
 
-    Each model alone by batch size, by context and by prompt length; prompts that join a batch; pairs of
-    models and all together, at several batches.
+    Each model alone by batch size, by context and by prompt length; prompts that join a batch; and requests
+    that come and go, for each model alone, for all of them, and for each pair.
     """
-    runs = [*_alone(fleet), *_together(fleet)]
+    runs = [*_alone(fleet), *_services(fleet)]
     return [run for run in runs if run.needed] + [run for run in runs if not run.needed]
+
+
+def mean_lengths(fleet: Fleet) -> tuple[float, float]:
+    """Tokens of a prompt and of an answer, over the tasks by their shares of the arrivals."""
+    middles = [(sum(t.num_prompt_tokens) / 2, sum(t.num_output_tokens) / 2) for t in fleet.tasks]
+    prompt, output = np.average(middles, axis=0, weights=fleet.task_shares)
+    return float(prompt), float(output)
 
 
 def _alone(fleet: Fleet) -> Iterator[Run]:
@@ -70,20 +80,13 @@ def _alone(fleet: Fleet) -> Iterator[Run]:
                 yield Run("decode", (m,), (batch_size,), long_prompt, needed=batch_size > 1)
 
 
-def _together(fleet: Fleet) -> Iterator[Run]:
-    """All models, then pairs: all at the usual batch, then one of them large and the others small."""
-    models = range(len(fleet.models))
-    groups = dict.fromkeys([tuple(models), *itertools.combinations(models, 2)])
-    for group in groups:
-        if len(group) > 1:
-            sizes = tuple(min(BATCH_SIZE, fleet.models[m].max_num_seqs) for m in group)
-            yield Run("interference", group, sizes, SHORT_PROMPT, needed=True)
-    if len(models) >= _MANY_MODELS:
-        return
-    for group in groups:
-        for large in range(len(group)) if len(group) > 1 else ():
-            sizes = tuple(
-                min(LARGE_BATCH if n == large else 1, fleet.models[m].max_num_seqs)
-                for n, m in enumerate(group)
-            )
-            yield Run("interference", group, sizes, SHORT_PROMPT)
+def _services(fleet: Fleet) -> Iterator[Run]:
+    models = tuple(range(len(fleet.models)))
+    prompt = round(mean_lengths(fleet)[0])
+    for group in dict.fromkeys([*((m,) for m in models), models, *itertools.combinations(models, 2)]):
+        most = min(fleet.models[m].max_num_seqs for m in group)
+        sizes = sorted({min(size, most) for size in (BESIDE_BATCHES if len(group) > 1 else ALONE_BATCHES)})
+        if len(group) == 2 and len(models) >= _MANY_MODELS:
+            sizes = sizes[-1:]
+        for size in sizes:
+            yield Run("service", group, (size,) * len(group), prompt, needed=True)

@@ -1,26 +1,33 @@
 """Measuring within a budget: every run once, then again where the figures are least sure."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from besteffort.engines.client import open_session
-from besteffort.engines.measure import Target, first_token_ms, joined_prompts, wave_paces_ms
+from besteffort.engines.measure import (
+    Target,
+    first_token_ms,
+    joined_prompts,
+    serve,
+    wave_paces_ms,
+)
 from besteffort.fleet import Fleet
-from besteffort.latency import Sample
+from besteffort.latency import Sample, Served
 from besteffort.latency.samples import spread_of
-from besteffort.profiling.design import SHORT_PROMPT, Run
+from besteffort.profiling.design import SHORT_PROMPT, Run, mean_lengths
 from besteffort.progress import Bar, Progress
 
 REQUEST_TIMEOUT_S = 120.0
 _WAVE_S = 0.7  # how long a wave should take
 _NUM_STEPS = (24, 96)  # of a wave, at least and at most
 _MIN_WAVES = 3
-_MAX_WAVES = 8  # of a run; more come by repeating it
-_TOGETHER_S = 5.0
+_MAX_WAVES = 5  # of a run; more come by repeating it
+_SERVICE_S = (8.0, 6.0, 12.0)  # of one model, of two, and of more
+_HURRIED_SERVICE_S = 2.0
+_PAUSE_S = 30.0  # that is put between a service and its repetition
 _NUM_PREFILLS = 5
 _NUM_JOINING = 6
 _TRIES = 3  # of letting prompts join, each with a batch twice as long
@@ -46,6 +53,7 @@ class Cell:
     num_times: int = 0
     values: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # by kind and model
     contexts: dict[int, float] = field(default_factory=dict)
+    served: dict[int, list[Served]] = field(default_factory=dict)  # of a service, by model
 
     def samples(self, fleet: Fleet) -> list[Sample]:
         made = []
@@ -62,7 +70,8 @@ class Cell:
                     busy_models=tuple(fleet.model_names[self.run.models[n]] for n in others),
                     busy_batch_sizes=tuple(self.run.batch_sizes[n] for n in others),
                     context_tokens=self.contexts.get(model, 0.0),
-                    **spread_of(values),
+                    served=tuple(self.served.get(model, ())),
+                    **spread_of(values, keep_all=kind == "service"),
                 )
             )
         return made
@@ -75,6 +84,8 @@ class Cell:
             whole = [s.mean_ms for s in samples if s.kind == "joining"]
             samples = [s for s in samples if s.kind == "stall"]
             return _half(samples[0]) / whole[0] if whole else np.inf
+        if self.run.kind == "service":
+            return 0.0  # its requests differ by nature; the simulator gets the same ones
         return max((_half(s) / s.mean_ms for s in samples), default=np.inf)
 
 
@@ -107,6 +118,8 @@ class Bench:
             cell.values.setdefault(("prefill", run.models[0]), []).extend(times)
         elif run.kind == "stall":
             await self._join(cell, _HURRIED if hurry else _NUM_JOINING)
+        elif run.kind == "service":
+            await self._serve(cell, hurry)
         else:
             await self._decode(cell, hurry)
         cell.took_s += time.monotonic() - began_at
@@ -127,33 +140,51 @@ class Bench:
 
     async def _decode(self, cell: Cell, hurry: bool) -> None:
         run = cell.run
-        together = len(run.models) > 1
-        ends_at = time.monotonic() + (0.0 if hurry else _TOGETHER_S) if together else None
-        kind = "interference" if together else "decode"
+        (model,), (batch_size,) = run.models, run.batch_sizes
+        room = self._room(run.num_prompt_tokens)
+        num_steps = self._num_steps(model, batch_size, room)
+        cell.contexts[model] = _mean_context(run, num_steps)
+        values = cell.values.setdefault(("decode", model), [])
+        num_waves = 0
+        async for pace_ms in wave_paces_ms(
+            self._targets[model], batch_size, run.num_prompt_tokens, num_steps, room
+        ):
+            values.append(pace_ms)
+            num_waves += 1
+            if hurry or (num_waves >= _MIN_WAVES and (num_waves >= _MAX_WAVES or _sure(values))):
+                break
+        if run.num_prompt_tokens <= SHORT_PROMPT:
+            self._step_ms[model, batch_size] = float(np.median(values))
 
-        async def waves(model: int, batch_size: int) -> None:
-            room = self._room(run.num_prompt_tokens)
-            num_steps = self._num_steps(model, batch_size, room)
-            # Half a wave is the first tokens', of which the first does not count.
-            cell.contexts[model] = run.num_prompt_tokens + num_steps / 2 + 1
-            values = cell.values.setdefault((kind, model), [])
-            num_waves = 0
-            async for pace_ms in wave_paces_ms(
-                self._targets[model], batch_size, run.num_prompt_tokens, num_steps, room
-            ):
-                values.append(pace_ms)
-                num_waves += 1
-                if hurry and not together:
-                    break
-                if ends_at is not None:
-                    if time.monotonic() >= ends_at:
-                        break
-                elif num_waves >= _MIN_WAVES and (num_waves >= _MAX_WAVES or _sure(values)):
-                    break
-            if not together and run.num_prompt_tokens <= 16:
-                self._step_ms[model, batch_size] = float(np.median(values))
+    async def _serve(self, cell: Cell, hurry: bool) -> None:
+        """Each model gets as many requests as the slowest can take with its batch."""
+        run = cell.run
+        rate_per_s = min([await self._rate_per_s(run, model) for model in run.models])
+        duration_s = _HURRIED_SERVICE_S if hurry else _SERVICE_S[min(len(run.models), 3) - 1]
+        targets = [self._targets[model] for model in run.models]
+        found = await serve(targets, rate_per_s, self._lengths, duration_s)
+        before_s = max((one.at_s + _PAUSE_S for of in cell.served.values() for one in of), default=0.0)
+        for model, served in zip(run.models, found, strict=True):
+            later = [replace(one, at_s=one.at_s + before_s) for one in served]
+            cell.served.setdefault(model, []).extend(later)
+            values = cell.values.setdefault(("service", model), [])
+            values.extend(one.latency_ms_per_token for one in served)
 
-        await asyncio.gather(*(waves(m, b) for m, b in zip(run.models, run.batch_sizes, strict=True)))
+    async def _rate_per_s(self, run: Run, model: int) -> float:
+        """At which about so many requests are in flight (Little's law), going by one that is alone."""
+        batch_size = run.batch_sizes[run.models.index(model)]
+        _, num_steps = mean_lengths(self._fleet)
+        first_ms = (await self._targets[model].ask(run.num_prompt_tokens, 1)).ttft_ms
+        # While it stays, as many others come as leave, and each is read in a step of its own.
+        stay_ms = first_ms * (1 + batch_size) + self._usual_step_ms(model, batch_size) * num_steps
+        return 1000.0 * batch_size / stay_ms
+
+    def _lengths(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Of a prompt and its answer, as the fleet's tasks have them."""
+        task = self._fleet.tasks[int(rng.choice(len(self._fleet.tasks), p=self._fleet.task_shares))]
+        low, high = zip(task.num_prompt_tokens, task.num_output_tokens, strict=True)
+        prompt, output = rng.integers(np.array(low), np.array(high), endpoint=True)
+        return int(prompt), int(output)
 
     def _usual_step_ms(self, model: int, batch_size: int) -> float:
         return self._step_ms.get((model, batch_size), self._step_ms[model, 4])
@@ -166,6 +197,11 @@ class Bench:
         low, high = _NUM_STEPS
         wanted = round(1000 * _WAVE_S / self._usual_step_ms(model, batch_size))
         return min(max(low, min(wanted, high)), room)
+
+
+def _mean_context(run: Run, num_steps: int) -> float:
+    """Tokens before the present one: half a wave, of which the first token does not count."""
+    return run.num_prompt_tokens + num_steps / 2 + 1
 
 
 def _sure(values: Sequence[float]) -> bool:

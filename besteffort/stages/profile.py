@@ -18,6 +18,7 @@ from besteffort.latency import Latency, Sample
 from besteffort.profiling import Effort, Run, measure_fleet, origin_of, plan_runs
 from besteffort.profiling.measuring import Cell
 from besteffort.profiling.plot import plot_profile
+from besteffort.profiling.service import with_scales
 from besteffort.profiling.verdict import choice, crossings, suggest_deadlines
 from besteffort.progress import Progress
 from besteffort.stages.own_router import own_router
@@ -68,7 +69,7 @@ def profile(
         note = partial(notebook.note, fleet)
         rng = np.random.default_rng()  # prompts that these engines read before would be in their prefix cache
         asyncio.run(measure_fleet(fleet, url, runs, effort, note, rng, progress))
-    samples, latency = with_fit(notebook.samples, fleet)
+    samples, latency = with_fit(with_scales(notebook.samples, fleet), fleet)
     save_samples(output, samples, {**facts, "fit": _fit_facts(samples, latency, fleet)})
     notebook.path.unlink(missing_ok=True)
     _tell(samples, latency, fleet, output, suggest_deadline, progress)
