@@ -1,6 +1,7 @@
 """What is measured, what is made of it, and what is said about it; the engines are only played."""
 
 import asyncio
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import pytest
 from besteffort.artifacts import files
 from besteffort.artifacts.profile_file import SCHEMA, load_latency, load_samples, save_samples, with_fit
 from besteffort.engines.client import Completion, complete, completion_body, open_session
-from besteffort.engines.measure import Target, joined_prompts, steady_pace_ms, wave_paces_ms
+from besteffort.engines.measure import Target, joined_prompts, serve, steady_pace_ms, wave_paces_ms
 from besteffort.errors import ProfileError, UsageError
 from besteffort.fleet import Fleet, load_fleet
-from besteffort.latency import Latency, Sample, fit_latency, fitted_ms
+from besteffort.latency import Latency, Sample, Served, fit_latency, fitted_ms
 from besteffort.latency.samples import spread_of
 from besteffort.profiling import doubts, origin_of, plan_runs
 from besteffort.profiling.measuring import Cell
 from besteffort.profiling.plot import plot_profile
+from besteffort.profiling.service import with_scales
 from besteffort.profiling.verdict import choice, crossings, suggest_deadlines
+from besteffort.request import Requests
+from besteffort.simulator import simulate_choices
 from besteffort.stages.gpu_fleet import gpu_fleet
 from tests.conftest import ROOT
 from tests.fake_engine import FakeEngine, serving
@@ -86,7 +90,9 @@ def test_the_residuals_of_a_perfect_fit_are_nothing_and_those_of_noise_are_not(f
 
 def test_a_profile_comes_back_from_its_file_as_it_was(tmp_path: Path, fleet: Fleet) -> None:
     path = tmp_path / "profile.parquet"
-    samples, latency = with_fit([replace(s, ci_ms=0.1, outliers_ms=(9.0,)) for s in every_kind()], fleet)
+    services = [replace(s, scale=1.1) for s in services_of(fleet, TRUTH)]
+    every = [*(replace(s, ci_ms=0.1, outliers_ms=(9.0,)) for s in every_kind()), *services]
+    samples, latency = with_fit(every, fleet)
     save_samples(path, samples, {"stage": "profile"})
     read, facts = load_samples(path)
     assert read == samples
@@ -94,7 +100,7 @@ def test_a_profile_comes_back_from_its_file_as_it_was(tmp_path: Path, fleet: Fle
     np.testing.assert_array_equal(load_latency(path, fleet).pressure, latency.pressure)
 
 
-def test_a_file_of_version_1_is_read_and_one_of_version_3_is_refused_in_one_line(
+def test_a_file_of_version_1_is_read_and_one_of_version_4_is_refused_in_one_line(
     tmp_path: Path, fleet: Fleet
 ) -> None:
     import pyarrow as pa
@@ -111,9 +117,68 @@ def test_a_file_of_version_1_is_read_and_one_of_version_3_is_refused_in_one_line
     latency = load_latency(path, fleet)
     assert latency.lag_steps is None
     assert not latency.overhead_ms.any()
-    files.write_table(path, table, kind="profile", version=3, facts={})
-    with pytest.raises(ProfileError, match=r"schema version 3 is unknown .* reads version 1 and 2"):
+    files.write_table(path, table, kind="profile", version=4, facts={})
+    with pytest.raises(ProfileError, match=r"schema version 4 is unknown .* reads version 1.* and 3"):
         load_samples(path)
+
+
+def services_of(fleet: Fleet, latency: Latency) -> list[Sample]:
+    """Each model alone and both together, at two loads, as these latencies would have it."""
+    rng = np.random.default_rng(3)
+    made = []
+    for group, rate_per_s in itertools.product([(0,), (1,), (0, 1)], (1.5, 3.0)):
+        num = 60 * len(group)
+        requests = Requests(
+            arrived_at=np.sort(rng.uniform(0.0, 60.0 / rate_per_s, num)),
+            task=np.zeros(num, dtype=np.int64),
+            num_prompt_tokens=rng.integers(16, 65, num),
+            num_output_tokens=rng.integers(8, 33, num),
+        )
+        choices = rng.choice(group, num)
+        outcomes = simulate_choices(requests, fleet, latency, choices)
+        for model in group:
+            others = tuple(NAMES[m] for m in group if m != model)
+            served = [
+                Served(float(at), int(prompt), int(output), float(taken))
+                for at, prompt, output, taken in zip(
+                    requests.arrived_at, requests.num_prompt_tokens, requests.num_output_tokens,
+                    outcomes.latency_ms_per_token, strict=True,
+                )
+            ]  # fmt: skip
+            own = tuple(one for one, choice in zip(served, choices, strict=True) if choice == model)
+            size = round(rate_per_s)
+            about = {"busy_models": others, "busy_batch_sizes": (size,) * len(others), "served": own}
+            spread = spread_of([one.latency_ms_per_token for one in own], keep_all=True)
+            made.append(Sample("service", NAMES[model], size, 40, **{**about, **spread}))  # type: ignore[arg-type]
+    return made
+
+
+def test_services_tell_how_long_steps_and_slow_downs_really_are(fleet: Fleet) -> None:
+    """The cells say nothing of what the machine does where requests come and go, and beside others."""
+    alone = [s for s in every_kind() if s.kind != "interference"]
+    bare = fit_latency(alone, NAMES)
+    real = replace(
+        bare,
+        step_ms=bare.step_ms * np.array([[1.3], [0.9]]),
+        context_ms_per_token=bare.context_ms_per_token * np.array([1.3, 0.9]),
+        slowdown=np.array([[1.0, 1.0, 1.8, 1.8], [1.0, 1.5, 1.0, 1.5]]),
+    )
+    scaled = with_scales([*alone, *services_of(fleet, real)], fleet)
+    found = fit_latency(scaled, NAMES)
+    np.testing.assert_allclose(found.step_ms, real.step_ms, rtol=0.02)
+    np.testing.assert_allclose(found.slowdown, real.slowdown, rtol=0.1)
+    services = [s for s in scaled if s.kind == "service"]
+    assert all(s.fitted_ms == pytest.approx(s.mean_ms, rel=0.02) for s in services)
+    assert [replace(s, scale=None, fitted_ms=None) for s in services] == services_of(fleet, real)
+
+
+def test_one_load_that_contradicts_another_moves_both_by_half(fleet: Fleet) -> None:
+    """What two samples share is fitted to both; none of them runs away."""
+    alone = [s for s in every_kind() if s.kind != "interference"]
+    services = [s for s in services_of(fleet, fit_latency(alone, NAMES)) if not s.busy_models]
+    torn = [replace(s, mean_ms=s.mean_ms * (1.2 if s.batch_size == 2 else 1 / 1.2)) for s in services]
+    scales = [s.scale for s in with_scales([*alone, *torn], fleet) if s.kind == "service"]
+    assert all(scale is not None and 0.7 < scale < 1.4 for scale in scales)
 
 
 def test_outliers_are_kept_and_marked_and_do_not_move_the_mean() -> None:
@@ -131,15 +196,15 @@ def test_what_a_fit_needs_is_planned_first_and_suffices_for_it() -> None:
     assert runs[: len(needed)] == needed
     assert len(set(runs)) == len(runs)
     kinds = {kind: [run for run in needed if run.kind == kind] for kind in {run.kind for run in needed}}
-    assert {len(run.models) for run in kinds["interference"]} == {2, 3}
+    assert {len(run.models) for run in kinds["service"]} == {1, 2, 3}
     for model in range(3):
         own = [run for run in needed if run.models == (model,)]
         assert len({run.batch_sizes for run in own if run.kind == "decode"}) >= 3
         assert len({run.num_prompt_tokens for run in own if run.kind == "prefill"}) == 2
         assert any(run.kind == "stall" for run in own)
     assert all(b <= 32 for run in runs for b in run.batch_sizes)
-    others = {run.batch_sizes for run in runs if len(run.models) == 3}
-    assert {(4, 4, 4), (16, 1, 1), (1, 16, 1), (1, 1, 16)} <= others
+    loads = {run.batch_sizes for run in runs if len(run.models) == 3}
+    assert len(loads) == 2  # or nothing could be said of what more load does
 
 
 def test_no_run_asks_for_more_tokens_than_the_engine_takes() -> None:
@@ -185,6 +250,22 @@ def test_waves_and_joining_prompts_are_measured_on_an_engine_that_is_played() ->
         pace_ms, num_joined = asyncio.run(measure(url))
     assert pace_ms >= 30.0  # it sleeps that long for each token
     assert 0 < num_joined <= 3
+
+
+def test_requests_come_and_go_and_each_is_noted() -> None:
+    async def measure(url: str) -> list[list[Served]]:
+        async with open_session(20) as session:
+            targets = [Target(session, url, name, np.random.default_rng(0)) for name in ("one", "other")]
+            return await serve(targets, 40.0, lambda rng: (8, int(rng.integers(2, 6))), 0.5)
+
+    with serving(FakeEngine("played", 0.002, counts=True).app) as url:
+        found = asyncio.run(measure(url))
+    assert len(found) == 2
+    for served in found:
+        assert len(served) > 5
+        assert [one.at_s for one in served] == sorted(one.at_s for one in served)
+        assert all(one.latency_ms_per_token >= 2.0 for one in served)  # it sleeps that long for each token
+        assert {one.num_output_tokens for one in served} <= {2, 3, 4, 5}
 
 
 def test_prompts_join_a_batch_of_a_fast_engine_too() -> None:

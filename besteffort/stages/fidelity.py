@@ -37,7 +37,7 @@ TOGETHER_BATCH = 2.5
 NUM_REPEATS = 3  # of a trace on the real engines, which differ from themselves
 NUM_REQUESTS = 200  # where policies are ranked
 REQUESTS_PER_RATE = 20
-# Of the fleet's rates: at all of them engines, router and clients together want more than this machine's cores.
+# Of the fleet's rates: at all of them engines, router and clients together want more than two cores.
 SHARE_OF_RATES = 0.6
 AZURE_NUM_REQUESTS = 100
 AZURE_STRETCH = 0.6
