@@ -208,7 +208,9 @@ def _fit_slowdown(samples: list[Sample], alone: Latency, model_names: Sequence[s
         model = index[sample.model]
         doublings = np.zeros(num_models)
         for name, size in zip(sample.busy_models, _busy_sizes(sample), strict=True):
-            doublings[index[name]] = np.log2(size / PRESSURE_AT) if sample.busy_batch_sizes else 0.0
+            # Where requests come and go batches do not stay: a slow-down is that of all of them.
+            stays = sample.kind == "interference" and sample.busy_batch_sizes
+            doublings[index[name]] = np.log2(size / PRESSURE_AT) if stays else 0.0
         others = sum(1 << index[name] for name in sample.busy_models)
         ratio = sample.scale or sample.mean_ms / _step_ms(alone, model, sample)
         cells.setdefault((model, others), []).append((ratio, doublings))

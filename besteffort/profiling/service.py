@@ -18,7 +18,7 @@ from besteffort.request import Requests
 from besteffort.simulator import simulate_choices
 
 NUM_ROUNDS = 15  # each brings the simulated means nearer to the measured ones
-_LOWEST, _HIGHEST = 0.5, 8.0  # what lies beyond is not the same machine
+_LOWEST, _HIGHEST = 0.5, 2.0  # of steps: what lies beyond is not the same machine
 _EAGERNESS = 0.7  # of a round: a longer step makes larger batches, which make longer steps
 
 
@@ -47,7 +47,9 @@ def _improve(samples: list[Sample], groups: Sequence[Sequence[int]], fleet: Flee
         for nth, made_ms in zip(group, means_ms, strict=True):
             one = samples[nth]
             scale = _scale_of(one, latency, bare, fleet) * (one.mean_ms / made_ms) ** _EAGERNESS
-            samples[nth] = replace(one, scale=float(np.clip(scale, _LOWEST, _HIGHEST)), fitted_ms=made_ms)
+            # Whoever shares a device gets a fair share of it at least.
+            bounds = (1.0, 1.0 + len(one.busy_models)) if one.busy_models else (_LOWEST, _HIGHEST)
+            samples[nth] = replace(one, scale=float(np.clip(scale, *bounds)), fitted_ms=made_ms)
 
 
 def _scale_of(service: Sample, latency: Latency, bare: Latency, fleet: Fleet) -> float:

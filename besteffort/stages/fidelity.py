@@ -30,15 +30,15 @@ PROFILE_BUDGET_S = 290.0  # a profile may take 6 minutes, and its engines run al
 # Other lengths than the profile's, and than each other.
 PROMPT_TOKENS = (20, 200)
 OUTPUT_TOKENS = (16, 80)
-ALONE_S = 25.0
-TOGETHER_S = 40.0
-ALONE_BATCH = 4.0  # in flight on average, going by the profile
-TOGETHER_BATCH = 2.5
+ALONE_S = 30.0
+TOGETHER_S = 60.0
+ALONE_BATCH = 3.0  # in flight on average, going by the profile
+TOGETHER_BATCH = 1.5
 NUM_REPEATS = 3  # of a trace on the real engines, which differ from themselves
 NUM_REQUESTS = 200  # where policies are ranked
 REQUESTS_PER_RATE = 20
 # Of the fleet's rates: at all of them engines, router and clients together want more than two cores.
-SHARE_OF_RATES = 0.6
+SHARE_OF_RATES = 0.5
 AZURE_NUM_REQUESTS = 100
 AZURE_STRETCH = 0.6
 BEGIN, END = "<!-- fidelity -->", "<!-- end of fidelity -->"
