@@ -343,14 +343,16 @@ def fidelity(
         bool, typer.Option("--short", help="One model alone and two policies: two minutes.")
     ] = False,
 ) -> None:
-    """Hold the simulator against real vLLM, on traces that the profile has not seen; 30 minutes.
+    """Hold the simulator against real vLLM, on traces that the profile has not seen; 45 minutes.
+
+    The table is written anew after each part.
 
     \b
     Example:
       besteffort fidelity artifacts/tiny-opt-cpu
     """
     from besteffort.cli.tables import print_marks
-    from besteffort.stages.fidelity import Spec, write_table
+    from besteffort.stages.fidelity import Row, Spec, write_table
     from besteffort.stages.fidelity import fidelity as run_fidelity
 
     spec = Spec(
@@ -361,9 +363,13 @@ def fidelity(
         short=short,
         attached=parse_engines(engine),
     )
-    rows = run_fidelity(spec, ConsoleProgress())
-    for page in (fleet_dir / "fidelity.md", *([docs] if docs else [])):
-        write_table(page, rows, spec)
+    pages = (fleet_dir / "fidelity.md", *([docs] if docs else []))
+
+    def note(rows: list[Row]) -> None:
+        for page in pages:
+            write_table(page, rows, spec)
+
+    rows = run_fidelity(spec, note, ConsoleProgress())
     print_marks([(row.what, row.shown, row.wanted, row.reached, row.remark) for row in rows])
 
 

@@ -1,8 +1,10 @@
 """`fidelity`: how near the simulator comes to vLLM here, on traces that the profile has not seen."""
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,31 +90,42 @@ class Row:
         return f"{sign} {self.mark:g}{unit}"
 
 
-def fidelity(spec: Spec, progress: Progress) -> list[Row]:
+def fidelity(spec: Spec, note: Callable[[list[Row]], None], progress: Progress) -> list[Row]:
     """Profile, then serve held-out traces by both, and hold the differences against the marks.
+
+    `note` gets all rows so far after each part, so that whoever interrupts it keeps them.
 
     Raises:
         InputError: the fleet, the rewards or the trace cannot be used.
         EngineError: an engine or the router failed.
     """
     fleet = load_fleet(spec.fleet_dir)
+    rows: list[Row] = []
     with running_engines(fleet, spec.fleet_dir, spec.attached or {}, progress) as engines:
         urls = {
             name: [engine.url for engine in of_model]
             for name, of_model in zip(fleet.model_names, engines, strict=True)
         }
-        rows, path = _profile(spec, urls, progress)
+        found, path = _profile(spec, urls, progress)
         trials = _Trials(spec, fleet, load_latency(path, fleet), path, urls, progress)
-        for model in range(len(fleet.models)) if not spec.short else [1]:
-            rows += trials.alone(model)
-        if spec.short:
-            return [*rows, *trials.ranked(trials.bursts(NUM_REQUESTS // 2), "bursts", BUILT_IN[:2])]
-        rows += trials.together()
-        policies = trials.policies()
-        rows += trials.ranked(trials.bursts(NUM_REQUESTS), "bursts", policies)
-        if spec.azure is not None:
-            rows += trials.ranked(trials.imported(spec.azure), "Azure code", policies)
+        for part in itertools.chain([lambda: found], _parts(trials)):
+            rows += part()
+            note(rows)
     return rows
+
+
+def _parts(trials: "_Trials") -> Iterator[Callable[[], list[Row]]]:
+    if trials.spec.short:
+        yield partial(trials.alone, 1)
+        yield lambda: trials.ranked(trials.bursts(NUM_REQUESTS // 2), "bursts", BUILT_IN[:2])
+        return
+    for model in range(len(trials.fleet.models)):
+        yield partial(trials.alone, model)
+    yield trials.together
+    policies = trials.policies()  # trained while the engines are idle
+    yield lambda: trials.ranked(trials.bursts(NUM_REQUESTS), "bursts", policies)
+    if (azure := trials.spec.azure) is not None:
+        yield lambda: trials.ranked(trials.imported(azure), "Azure code", policies)
 
 
 def _profile(spec: Spec, urls: Urls, progress: Progress) -> tuple[list[Row], Path]:
