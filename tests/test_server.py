@@ -400,6 +400,21 @@ def test_bodies_that_together_are_too_large_are_refused(fleet: Fleet) -> None:
             assert one.ask(completion(body))[0].status == 200
 
 
+def test_the_body_of_a_stream_that_has_begun_is_held_no_longer(fleet: Fleet) -> None:
+    def stream(connection: socket.socket, _: int) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n")
+
+    body = json.dumps({"model": "large", "stream": True, "prompt": "x" * 100_000}).encode()
+    with (
+        door(fleet, stream, limited(max_held=150_000)) as one,
+        one.connect() as first,
+        one.connect() as second,
+    ):
+        for client in (first, second):
+            client.sendall(completion(body))
+            assert client.recv(12) == b"HTTP/1.1 200"
+
+
 def test_more_connections_than_allowed_are_turned_away(fleet: Fleet) -> None:
     with door(fleet, answer, limited(max_connections=2)) as one:
         with one.connect() as first, one.connect() as second:

@@ -236,6 +236,7 @@ class ClientConnection(asyncio.Protocol):
         assert request is not None, "an answer has a request"
         if self._house.draining:
             request.keep_alive = False
+        self._reader.release(request)  # it goes to no engine any more
         self._bodiless = status in (204, 304)
         self._chunked = length is None and request.http_1_1 and not self._bodiless
         if length is None and not (self._chunked or self._bodiless):

@@ -49,9 +49,9 @@ class Exchange:
     """A request at an engine, and the answer on its way to the client."""
 
     __slots__ = (
-        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_is_over", "_last_byte_at",
-        "_proxy", "_request", "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens",
-        "_tries",
+        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_is_over",
+        "_last_byte_at", "_num_answers", "_proxy", "_request", "_responder", "_route", "_status",
+        "_stream_end", "_streams", "_tokens", "_tries",
     )  # fmt: skip
 
     def __init__(self, proxy: Shared, request: Request, asked: Asked, responder: Responder) -> None:
@@ -68,6 +68,7 @@ class Exchange:
         self._tries: Tries | None = None  # none has failed
         self._status = 0
         self._streams = False
+        self._num_answers = 1
         self._begun = self._is_over = False
         self._first_byte_at = self._last_byte_at = 0.0
 
@@ -88,7 +89,7 @@ class Exchange:
 
     def _send(self) -> None:
         upstream = self._proxy.upstream_of(self._route.engine)
-        self._call = upstream.send(self._rewritten(upstream), self)
+        self._call = upstream.send(lambda: self._rewritten(upstream), self)
 
     # What the client's connection says: see `Job`.
 
@@ -213,8 +214,12 @@ class Exchange:
         lines, length = self._head
         if self._status < 400:
             self._tokens = StreamCount() if self._streams else PlainCount()
+            self._num_answers = self._asked.body.num_answers
             if self._streams and self._asked.streams_receipt:
                 self._stream_end, length = StreamEnd(), None
+        if self._entry is not None:
+            self._entry.begin()
+        self._asked.body.let_go()
         receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
         lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
         self._begun = True
@@ -278,7 +283,7 @@ class Exchange:
         if self._tokens is None or not (num_tokens := self._tokens.total):
             return None
         total_ms = 1000.0 * (self._last_byte_at - self._route.arrived_at)
-        return total_ms * self._asked.body.num_answers / num_tokens
+        return total_ms * self._num_answers / num_tokens
 
     def _write_up_to_receipt(self, stream_end: StreamEnd, data: bytes) -> None:
         before, after = stream_end.feed(data)

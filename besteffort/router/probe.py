@@ -18,7 +18,7 @@ class Probe:
         self._hear = hear
         self._status = 0
         request = b"GET %b/health HTTP/1.1\r\nhost: %b\r\n\r\n" % (upstream.base_path, upstream.authority)
-        self._call = upstream.send([request], self)
+        self._call = upstream.send(lambda: [request], self)
         self._timer = upstream.loop.call_later(upstream.limits.probe_s, self._give_up)
 
     def cancel(self) -> None:

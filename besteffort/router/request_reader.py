@@ -74,8 +74,9 @@ class RequestReader:
             raise _refusal(431, f"More than {self._limits.max_head} bytes of headers", "head_too_large")
 
     def release(self, request: Request) -> None:
-        """Note that a request is done and its body held no longer."""
+        """Let go of a request's body, once it is of no use any more."""
         self._budget.held -= len(request.body)
+        request.body = b""
 
     def close(self) -> None:
         """Note that the rest of a body will never come."""

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import math
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
@@ -18,6 +18,8 @@ from besteffort.router.watch import Watch
 log = logging.getLogger(__name__)
 
 _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout", "stall"))
+
+Write = Callable[[], Sequence[bytes]]
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
@@ -72,9 +74,13 @@ class Upstream:
         self.outbox = outbox
         self.idle: list[UpstreamConnection] = []
 
-    def send(self, request: Sequence[bytes], sink: Sink) -> "Call":
-        """Send the bytes of a request; the answer goes to `sink`, never before this returns."""
-        call = Call(self, request, sink)
+    def send(self, write: Write, sink: Sink) -> "Call":
+        """Send the bytes of a request; the answer goes to `sink`, never before this returns.
+
+        They are asked for when they go out, which may be twice, and are not kept: what waits for its answer
+        would be in memory a second time.
+        """
+        call = Call(self, write, sink)
         while self.idle:
             connection = self.idle.pop()
             if connection.is_open:
@@ -91,11 +97,11 @@ class Upstream:
 class Call:
     """One request at an engine, until its answer is whole, or it failed, or nobody wants it any more."""
 
-    __slots__ = ("_connecting", "_upstream", "connection", "paused", "request", "sink", "total_due_at")
+    __slots__ = ("_connecting", "_upstream", "connection", "paused", "sink", "total_due_at", "write")
 
-    def __init__(self, upstream: Upstream, request: Sequence[bytes], sink: Sink) -> None:
+    def __init__(self, upstream: Upstream, write: Write, sink: Sink) -> None:
         self._upstream = upstream
-        self.request = request
+        self.write = write
         self.sink = sink
         self.connection: UpstreamConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -152,10 +158,13 @@ class Call:
             fault = Fault("connect", f"no connection: {error.strerror or error}")
         finally:
             self._connecting = None
-        if fault is None:
-            connection.take(self, reused=False)
-        else:
+        if fault is not None:
             self.fail(fault)
+            return
+        try:
+            connection.take(self, reused=False)
+        except Exception:
+            self.crash()
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -177,13 +186,14 @@ class UpstreamConnection(asyncio.Protocol):
         if not self.is_open:  # closed between being made and being taken
             call.fail(Fault("connect", "closed as soon as it was open"))
             return
+        request = call.write()
         self._call = call
         self._reused = reused
         self._unanswered = True
         call.connection = self
         self._reader.expect(call.sink)
         self.due_at = min(self._upstream.loop.time() + self._upstream.limits.first_byte_s, call.total_due_at)
-        self._upstream.outbox.send(self._transport, call.request)
+        self._upstream.outbox.send(self._transport, request)
 
     def close(self) -> None:
         self._call = None
