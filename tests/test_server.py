@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -19,6 +20,9 @@ from hypothesis import strategies as st
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
 from besteffort.router import ApiKey, Limits, PolicySource, Settings
+from besteffort.router.limits import MEBIBYTE
+from besteffort.router.message import Reply, Request
+from besteffort.router.request_reader import Budget, RequestReader
 from besteffort.stages.serve import tls_context
 from tests.fake_engine import plain_answer, wait_for
 from tests.routing import Door, completion, door, limited, read_all, read_response
@@ -413,6 +417,40 @@ def test_the_body_of_a_stream_that_has_begun_is_held_no_longer(fleet: Fleet) -> 
         for client in (first, second):
             client.sendall(completion(body))
             assert client.recv(12) == b"HTTP/1.1 200"
+
+
+class Owner:
+    """Takes requests from a reader."""
+
+    def head_began(self) -> None:
+        pass
+
+    def head_ended(self, request: Request, *, expects_continue: bool) -> Reply | None:
+        return None
+
+    def request_ended(self, request: Request, refusal: Reply | None) -> None:
+        self.request = request
+
+
+def test_a_body_takes_no_more_memory_than_is_counted_for_it_and_none_when_it_is_done() -> None:
+    owner, budget = Owner(), Budget(MEBIBYTE)
+    reader = RequestReader(owner, Limits(), budget)
+    tracemalloc.start()
+    try:
+        reader.feed(_POST + b"transfer-encoding: chunked\r\n\r\n")
+        for _ in range(1000):
+            reader.feed(b"2\r\nab\r\n" * 100)
+        assert budget.held == 200_000
+        assert tracemalloc.get_traced_memory()[0] < 300_000
+        reader.feed(b"0\r\n\r\n")
+        assert owner.request.body == b"ab" * 100_000
+        assert budget.held == 200_000
+        assert tracemalloc.get_traced_memory()[0] < 250_000
+        reader.release(owner.request)
+        assert budget.held == 0
+        assert tracemalloc.get_traced_memory()[0] < 50_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_more_connections_than_allowed_are_turned_away(fleet: Fleet) -> None:
