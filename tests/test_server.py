@@ -5,12 +5,14 @@ import json
 import socket
 import ssl
 import subprocess
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -20,8 +22,11 @@ from hypothesis import strategies as st
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
 from besteffort.router import ApiKey, Limits, PolicySource, Settings
+from besteffort.router.app import App
+from besteffort.router.endpoints import Endpoints
 from besteffort.router.limits import MEBIBYTE
 from besteffort.router.message import Reply, Request
+from besteffort.router.metrics import Metrics
 from besteffort.router.request_reader import Budget, RequestReader
 from besteffort.stages.serve import tls_context
 from tests.fake_engine import plain_answer, wait_for
@@ -203,6 +208,55 @@ def test_pipelined_requests_are_answered_in_order(plain: Door) -> None:
         _GET + b"\r\n",
     ]
     assert statuses(plain.exchange(b"".join(requests))) == [200, 200, 404, 400, 200]
+
+
+def test_a_client_with_thousands_of_requests_that_need_no_engine_leaves_others_their_turn(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, heads, order = 2000, [], []
+    began, other_asked = threading.Event(), threading.Event()
+
+    def refuse(endpoints: Endpoints, request: Request) -> Reply | None:
+        heads.append(request.target)
+
+    def render(_: Metrics) -> bytes:
+        order.append("many")
+        began.set()
+        other_asked.wait(20)
+        return b""
+
+    def say_health(_: App, __: Request, responder: Any) -> None:
+        order.append("other")
+        assert len(heads) < number, "all of them were read before"
+        responder.reply(Reply(200))
+
+    monkeypatch.setattr(Endpoints, "refuse", refuse)
+    monkeypatch.setattr(Metrics, "render", render)
+    monkeypatch.setattr(App, "_say_health", say_health)
+    with door(fleet, answer) as one, one.connect() as many, one.connect() as other:
+        metrics = b"GET /metrics HTTP/1.1\r\nhost: a\r\n"
+        many.sendall((metrics + b"\r\n") * (number - 1) + metrics + b"connection: close\r\n\r\n")
+        assert began.wait(20)
+        other.sendall(_GET + b"\r\n")
+        other_asked.set()
+        assert read_response(other)[0].status == 200
+        assert statuses(read_all(many)) == [200] * number
+    assert order.index("other") < 100
+
+
+def test_of_what_a_client_asked_before_it_closed_its_side_all_is_answered_that_needs_no_engine(
+    fleet: Fleet,
+) -> None:
+    def hang(connection: socket.socket, _: int) -> None:
+        connection.recv(1)
+
+    with door(fleet, hang) as one:
+        for behind in (b"", completion(_BODY) + _GET + b"\r\n"):
+            assert statuses(one.exchange((_GET + b"\r\n") * 200 + behind, half_close=True)) == [200] * 200
+        assert statuses(one.exchange((_GET + b"\r\n") * 200 + b"x\r\n", half_close=True)) == [200] * 200 + [
+            400
+        ]
+        one.settled()
 
 
 def test_a_good_request_is_answered_before_the_bad_one_behind_it_is_refused(plain: Door) -> None:
