@@ -397,6 +397,16 @@ def test_a_client_that_sends_drop_by_drop_is_shown_out_in_time(fleet: Fleet, dro
         pytest.fail("it was let in for 10 s")
 
 
+def test_the_rest_of_a_body_has_its_own_time_also_behind_another_request(fleet: Fleet) -> None:
+    with door(fleet, answer, limited(head_s=0.3)) as one, one.connect() as client:
+        request = completion(_BODY)
+        client.sendall(_GET + b"\r\n" + request[:-5])
+        assert read_response(client)[0].status == 200
+        time.sleep(1.0)
+        client.sendall(request[-5:])
+        assert read_response(client)[0].status == 200
+
+
 def test_an_idle_connection_is_closed(fleet: Fleet) -> None:
     with door(fleet, answer, limited(keep_alive_s=0.2)) as one:
         assert statuses(one.exchange(_GET + b"\r\n")) == [200]

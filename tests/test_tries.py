@@ -3,8 +3,10 @@
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import Static
 from besteffort.router import Dispatcher
+from besteffort.router.upstream import Call, Upstream
 from tests.fake_engine import RawEngine, plain_answer, wait_for
 from tests.routing import Door, completion, limited, routing
 from tests.test_upstream import metrics_of, stay
@@ -232,3 +235,22 @@ def test_a_stream_may_wait_for_its_first_event_as_long_as_a_plain_answer(fleet: 
         response, body = one.door.ask(completion(_STREAMED))
         assert (response.status, json.loads(body)["error"]["code"]) == (504, "engine_timeout")
         assert one.num_asked == [1, 0, 0]
+
+
+def test_all_tries_together_have_the_time_of_one(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Call] = []
+    send = Upstream.send
+
+    def remembered(upstream: Upstream, *args: Any) -> Call:
+        calls.append(send(upstream, *args))
+        time.sleep(0.05)
+        return calls[-1]
+
+    monkeypatch.setattr(Upstream, "send", remembered)
+    with three(fleet, says(500), socket.socket.close, well) as one:
+        for number in range(1, 3):
+            assert one.ask()[:2] == (200, "large 0")
+            assert len(calls) == 3 * number
+        due_at = [call.total_due_at for call in calls]
+        assert len(set(due_at[:3])) == len(set(due_at[3:])) == 1
+        assert due_at[0] < due_at[3]

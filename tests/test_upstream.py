@@ -198,7 +198,8 @@ def test_a_slow_stream_may_take_longer_than_each_of_its_gaps(fleet: Fleet) -> No
         assert one.ask(_REQUEST)[1] == _EVENT * 8
 
 
-def test_an_engine_that_never_accepts_is_given_up(fleet: Fleet) -> None:
+@pytest.mark.parametrize("limit", ["connect_s", "total_s"])
+def test_an_engine_that_never_accepts_is_given_up(fleet: Fleet, limit: str) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         port = full.getsockname()[1]
         waiting = [socket.socket() for _ in range(3)]
@@ -208,11 +209,13 @@ def test_an_engine_that_never_accepts_is_given_up(fleet: Fleet) -> None:
         engine = Engine(f"http://127.0.0.1:{port}", "x")
         dispatcher = Dispatcher(fleet, RoundRobin(), ((engine, engine), (engine,)))
         with (
-            routing(dispatcher, limited(connect_s=0.3)) as url,
+            routing(dispatcher, limited(**{limit: 0.3})) as url,
             socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as client,
         ):
             client.sendall(_REQUEST)
-            assert read_response(client)[0].status == 504
+            response, body = read_response(client)
+            said = {"connect_s": "no connection within 0.3 s", "total_s": "not done within 0.3 s"}
+            assert (response.status, said[limit] in body.decode()) == (504, True)
         for one in waiting:
             one.close()
 

@@ -234,8 +234,13 @@ class ClientConnection(asyncio.Protocol):
             self._work()
 
     def _await_next(self) -> None:
-        if not self._paused:
-            self._due_in(self._limits.head_s if self._reader.in_message else self._limits.keep_alive_s)
+        reader, limits = self._reader, self._limits
+        if self._paused:
+            return
+        if reader.in_body:
+            self._due_in(limits.body_s)
+        else:
+            self._due_in(limits.head_s if reader.in_message else limits.keep_alive_s)
 
     def _due_in(self, delay_s: float) -> None:
         self.due_at = self._house.loop.time() + delay_s

@@ -89,7 +89,8 @@ class Exchange:
 
     def _send(self) -> None:
         upstream = self._proxy.upstream_of(self._route.engine)
-        self._call = upstream.send(lambda: self._rewritten(upstream), self)
+        due_at = None if self._call is None else self._call.total_due_at  # all tries together have that long
+        self._call = upstream.send(lambda: self._rewritten(upstream), self, due_at)
 
     # What the client's connection says: see `Job`.
 

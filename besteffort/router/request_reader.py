@@ -75,6 +75,10 @@ class RequestReader:
         if self._silent > self._limits.max_head:
             raise _refusal(431, f"More than {self._limits.max_head} bytes of headers", "head_too_large")
 
+    @property
+    def in_body(self) -> bool:
+        return self._request is not None
+
     def release(self, request: Request) -> None:
         """Let go of a request's body, once it is of no use any more."""
         self._budget.held -= len(request.body)

@@ -74,13 +74,16 @@ class Upstream:
         self.outbox = outbox
         self.idle: list[UpstreamConnection] = []
 
-    def send(self, write: Write, sink: Sink) -> "Call":
+    def send(self, write: Write, sink: Sink, total_due_at: float | None = None) -> "Call":
         """Send the bytes of a request; the answer goes to `sink`, never before this returns.
 
         They are asked for when they go out, which may be twice, and are not kept: what waits for its answer
-        would be in memory a second time.
+        would be in memory a second time. `total_due_at`, by the event loop's clock, is given for a request
+        that was sent elsewhere before.
         """
-        call = Call(self, write, sink)
+        if total_due_at is None:
+            total_due_at = self.loop.time() + self.limits.total_s
+        call = Call(self, write, sink, total_due_at)
         while self.idle:
             connection = self.idle.pop()
             if connection.is_open:
@@ -99,13 +102,13 @@ class Call:
 
     __slots__ = ("_connecting", "_upstream", "connection", "paused", "sink", "total_due_at", "write")
 
-    def __init__(self, upstream: Upstream, write: Write, sink: Sink) -> None:
+    def __init__(self, upstream: Upstream, write: Write, sink: Sink, total_due_at: float) -> None:
         self._upstream = upstream
         self.write = write
         self.sink = sink
         self.connection: UpstreamConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self.total_due_at = upstream.loop.time() + upstream.limits.total_s
+        self.total_due_at = total_due_at
         self.paused = False
 
     def connect(self) -> None:
@@ -141,16 +144,20 @@ class Call:
         self.sink.on_crash()
 
     async def _connect(self) -> None:
-        upstream = self._upstream
+        upstream, limits = self._upstream, self._upstream.limits
         connection = UpstreamConnection(upstream)
         fault = None
+        left_s = self.total_due_at - upstream.loop.time()
         try:
-            async with asyncio.timeout(upstream.limits.connect_s):
+            async with asyncio.timeout(min(limits.connect_s, left_s)):
                 await upstream.loop.create_connection(
                     lambda: connection, upstream.host, upstream.port, ssl=upstream.tls
                 )
         except TimeoutError:
-            fault = Fault("connect_timeout", f"no connection within {upstream.limits.connect_s:g} s")
+            if left_s < limits.connect_s:
+                fault = Fault("total_timeout", f"not done within {limits.total_s:g} s")
+            else:
+                fault = Fault("connect_timeout", f"no connection within {limits.connect_s:g} s")
         except asyncio.CancelledError:
             connection.close()
             raise
