@@ -21,11 +21,12 @@ from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin, Static
 from besteffort.router import Dispatcher, Limits
+from besteffort.router.exchange import Exchange
 from besteffort.router.loads import Standing
 from besteffort.router.outbox import Outbox
-from besteffort.router.upstream import Fault, Upstream
+from besteffort.router.upstream import Call, Fault, Upstream
 from besteffort.router.watch import Watch
-from tests.fake_engine import plain_answer, wait_for
+from tests.fake_engine import RawEngine, plain_answer, wait_for
 from tests.routing import Door, completion, door, limited, read_response, routing
 
 _OK = b"HTTP/1.1 200 OK\r\n"
@@ -270,10 +271,72 @@ def upstream_of(url: str) -> Iterator[Upstream]:
         upstream.close()
 
 
+@contextlib.contextmanager
+def ending(call: Call) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        call.cancel()
+
+
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 -- it comes about in another thread
             await asyncio.sleep(0.01)
+
+
+def test_a_pause_that_comes_before_the_connection_is_there_holds() -> None:
+    sent = threading.Event()
+
+    def answer(connection: socket.socket, _: int) -> None:
+        connection.sendall(_OK + b"content-length: 3\r\n\r\nabc")
+        sent.set()
+
+    async def play() -> None:
+        with upstream_of(engine.url) as upstream:
+            for _ in range(2):  # the second time on a connection that is there
+                heard = Heard()
+                sent.clear()
+                call = upstream.send(lambda: [_REQUEST], heard)
+                with ending(call):
+                    call.pause()
+                    await until(sent.is_set)
+                    await asyncio.sleep(0.2)
+                    assert heard.body == b""
+                    call.resume()
+                    await until(lambda: heard.ended)  # noqa: B023
+                assert heard.body == b"abc"
+
+    engine = RawEngine(answer)
+    uvloop.run(play())
+    engine.close()
+
+
+def test_a_client_that_does_not_read_stops_the_next_engine_s_answer_too(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanges: list[Exchange] = []
+    start = Exchange.start
+
+    def start_paused(exchange: Exchange) -> None:
+        start(exchange)
+        exchange.pause()
+        exchanges.append(exchange)
+
+    monkeypatch.setattr(Exchange, "start", start_paused)
+    dead = Engine(f"http://127.0.0.1:{free_port()}", "x")
+    with door(fleet, lambda connection, _: connection.sendall(plain_answer())) as one:
+        dispatcher = Dispatcher(fleet, Static(0, "static:small"), ((dead, dead), one.dispatcher.engines[1]))
+        with routing(dispatcher) as url, Door(url, one.engine, dispatcher).connect() as client:
+            client.sendall(completion(b"{}"))
+            wait_for(lambda: one.engine.requests)
+            client.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+            client.settimeout(20)
+            loop = exchanges[0]._proxy.upstream_of(dead).loop
+            loop.call_soon_threadsafe(exchanges[0].resume)
+            assert read_response(client)[0].status == 200
 
 
 def test_a_request_that_waits_for_its_answer_is_not_kept_a_second_time() -> None:

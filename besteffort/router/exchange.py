@@ -50,7 +50,7 @@ class Exchange:
 
     __slots__ = (
         "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_is_over",
-        "_last_byte_at", "_num_answers", "_proxy", "_request", "_responder", "_route", "_status",
+        "_last_byte_at", "_num_answers", "_paused", "_proxy", "_request", "_responder", "_route", "_status",
         "_stream_end", "_streams", "_tokens", "_tries",
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ class Exchange:
         self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
         self._tries: Tries | None = None  # none has failed
         self._status = 0
-        self._streams = False
+        self._streams = self._paused = False
         self._num_answers = 1
         self._begun = self._is_over = False
         self._first_byte_at = self._last_byte_at = 0.0
@@ -91,6 +91,8 @@ class Exchange:
         upstream = self._proxy.upstream_of(self._route.engine)
         due_at = None if self._call is None else self._call.total_due_at  # all tries together have that long
         self._call = upstream.send(lambda: self._rewritten(upstream), self, due_at)
+        if self._paused:
+            self._call.pause()
 
     # What the client's connection says: see `Job`.
 
@@ -100,10 +102,12 @@ class Exchange:
             self._end("cancelled")
 
     def pause(self) -> None:
+        self._paused = True
         if self._call is not None:
             self._call.pause()
 
     def resume(self) -> None:
+        self._paused = False
         if self._call is not None:
             self._call.resume()
 

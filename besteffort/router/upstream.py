@@ -200,6 +200,8 @@ class UpstreamConnection(asyncio.Protocol):
         call.connection = self
         self._reader.expect(call.sink)
         self.due_at = min(self._upstream.loop.time() + self._upstream.limits.first_byte_s, call.total_due_at)
+        if call.paused:  # while it was connecting
+            self.pause()
         self._upstream.outbox.send(self._transport, request)
 
     def close(self) -> None:
