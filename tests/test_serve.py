@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -245,6 +246,20 @@ def test_metrics_and_administration_have_the_port_that_is_said(fleet_dir: Path) 
 def test_a_door_open_to_all_is_warned_of(fleet_dir: Path, options: tuple[str, ...], warned: bool) -> None:
     with serving(fleet_dir, *options) as (_, _, said):
         assert ("warning: " in said) == warned
+
+
+def test_fewer_files_than_connections_are_warned_of(fleet_dir: Path, engine: RawEngine) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        pytest.skip("there is no limit here")
+    with serving(fleet_dir, "--max-connections", str(hard)) as (_, _, said):
+        told = " ".join(said.split())
+        assert told.count("warning: ") == 1
+        assert f"this process may have {hard}: " in told
+    engine.requests.clear()  # it is asked anew what it serves
+    with serving(fleet_dir, "--max-connections", str(hard // 2)) as (process, _, said):
+        assert "warning: " not in said
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import json
+import logging
+import os
 import random
+import resource
 import socket
 import struct
 import threading
@@ -232,6 +235,42 @@ def test_a_port_where_nobody_listens_gives_a_502_at_once(fleet: Fleet) -> None:
             client.sendall(_REQUEST)
             assert read_response(client)[0].status == 502
     assert dispatcher.in_flight == [[0, 0], [0]]
+
+
+def test_a_router_without_files_left_says_so_and_blames_no_engine(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        door(fleet, lambda connection, _: connection.sendall(plain_answer())) as one,
+        one.connect() as client,
+    ):
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")  # it is let in
+        assert read_response(client)[0].status == 200
+        with no_files_left():
+            for _ in range(5):
+                client.sendall(_REQUEST)
+                response, body = read_response(client)
+                assert (response.status, response.headers["retry-after"]) == (503, "1")
+                assert json.loads(body)["error"]["code"] == "overloaded"
+        client.sendall(_REQUEST)
+        assert read_response(client)[0].status == 200
+        openings = [line for line in metrics_of(one) if line.startswith("besteffort_breaker_openings_total{")]
+        assert {line.rpartition(" ")[2] for line in openings} == {"0.0"}
+        one.settled()
+    (told,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "Too many open files" in told.getMessage()
+
+
+@contextlib.contextmanager
+def no_files_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @dataclass

@@ -62,9 +62,7 @@ class Breaker:
         if self.state is State.CLOSED:
             self._num_faults += 1
             if self._num_faults >= self._upstream.limits.faults_to_open:
-                self.num_openings += 1
-                self._stand(Standing.OUT if hangs else Standing.SUSPECT)
-                self._wait()
+                self._open(Standing.OUT if hangs else Standing.SUSPECT)
         elif hangs:
             self._stand(Standing.OUT)
 
@@ -81,6 +79,11 @@ class Breaker:
             self.standing = standing
             self._turn(standing)
 
+    def _open(self, standing: Standing) -> None:
+        self.num_openings += 1
+        self._stand(standing)
+        self._wait()
+
     def _wait(self) -> None:
         limits = self._upstream.limits
         longest_s = min(limits.probe_wait_s * 2**self._num_waits, limits.max_probe_wait_s)
@@ -96,13 +99,15 @@ class Breaker:
         self.state = State.HALF_OPEN
         self._probe = Probe(self._upstream, self._heard)
 
-    def _heard(self, standing: Standing) -> None:
+    def _heard(self, standing: Standing | None) -> None:
         self._probe = None
+        if standing is None:
+            self._wait()
+            return
+        self.num_probes["ok" if standing is Standing.UP else "failed"] += 1
         if standing is Standing.UP:
-            self.num_probes["ok"] += 1
             self._num_faults = self._upstream.limits.faults_to_open - 1
             self.state = State.CLOSED
         else:
-            self.num_probes["failed"] += 1
             self._wait()
         self._stand(standing)

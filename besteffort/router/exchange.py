@@ -160,17 +160,27 @@ class Exchange:
 
     def on_fault(self, fault: Fault) -> None:
         status, code = (504, "engine_timeout") if fault.hangs else (502, "engine_failed")
+        fleet = self._proxy.dispatcher.fleet
+        name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
+        message = f"The engine of {name} failed: {fault}"
+        if fault.is_lack:
+            status, code, message = 503, "overloaded", f"The router is at its limits: {fault}"
         if not self._begun:
-            self._proxy.health.of(self._route).failed(hangs=fault.hangs)
+            self._blame(fault)
             if ends_try(fault) and self._try_another():
                 return
             self._status = status
         if self._entry is not None:
             self._entry.error = fault.kind
         self._end("failed")
-        fleet = self._proxy.dispatcher.fleet
-        name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
-        self._say_failed(status, f"The engine of {name} failed: {fault}", code)
+        self._say_failed(status, message, code)
+
+    def _blame(self, fault: Fault) -> None:
+        """Hold a fault before an answer against its engine, as far as it is the engine's."""
+        breaker = self._proxy.health.of(self._route)
+        if fault.is_lack:
+            return
+        breaker.failed(hangs=fault.hangs)
 
     def on_crash(self) -> None:
         """Whatever it was that failed here: nothing stays counted, and the client hears of it."""
@@ -192,6 +202,8 @@ class Exchange:
         if not self._begun:
             is_up = self._proxy.health.of(self._route).standing is Standing.UP
             retry_after_s = None if is_up else self._proxy.health.retry_after_s
+            if status == 503:  # whoever comes again finds some connection ended
+                retry_after_s = 1
             reply = error_reply(status, message, code, retry_after_s=retry_after_s)
             self._responder.reply(reply.identified(self._asked.request_id))
         elif self._streams:

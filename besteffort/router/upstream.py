@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
+import socket
 import ssl
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
@@ -18,12 +20,15 @@ from besteffort.router.watch import Watch
 log = logging.getLogger(__name__)
 
 _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout", "stall"))
+# What this machine or this process has too few of, whatever the engine is like.
+_LACKS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+_COMPLAIN_EVERY_S = 60.0
 
 Write = Callable[[], Sequence[bytes]]
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
-    """What an engine did wrong."""
+    """What an engine did wrong, or, of kind "lack", what was missing here to ask it."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -33,6 +38,11 @@ class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
     def hangs(self) -> bool:
         """Whether it took long to notice."""
         return self.kind in _TIMEOUTS
+
+    @property
+    def is_lack(self) -> bool:
+        """Whether it says nothing of the engine."""
+        return self.kind == "lack"
 
 
 class Sink(Protocol):
@@ -73,6 +83,7 @@ class Upstream:
         self.loop = loop
         self.outbox = outbox
         self.idle: list[UpstreamConnection] = []
+        self._complains_at = -math.inf
 
     def send(self, write: Write, sink: Sink, total_due_at: float | None = None) -> "Call":
         """Send the bytes of a request; the answer goes to `sink`, never before this returns.
@@ -95,6 +106,12 @@ class Upstream:
     def close(self) -> None:
         while self.idle:
             self.idle.pop().close()
+
+    def complain(self, error: OSError) -> None:
+        """Of what is missing here, once in a while."""
+        if self.loop.time() >= self._complains_at:
+            self._complains_at = self.loop.time() + _COMPLAIN_EVERY_S
+            log.warning("no connection to %s: %s", self.authority.decode(), error.strerror or error)
 
 
 class Call:
@@ -162,7 +179,10 @@ class Call:
             connection.close()
             raise
         except OSError as error:
-            fault = Fault("connect", f"no connection: {error.strerror or error}")
+            is_lack = _is_lack(error)
+            if is_lack:
+                upstream.complain(error)
+            fault = Fault("lack" if is_lack else "connect", f"no connection: {error.strerror or error}")
         finally:
             self._connecting = None
         if fault is not None:
@@ -317,3 +337,13 @@ class UpstreamConnection(asyncio.Protocol):
         self.close()
         with contextlib.suppress(ValueError):
             self._upstream.idle.remove(self)
+
+
+def _is_lack(error: OSError) -> bool:
+    """Whether a connection failed for want of something here."""
+    if isinstance(error, socket.gaierror):  # a name that cannot be looked up without files
+        try:
+            socket.socket().close()
+        except OSError as own:
+            return own.errno in _LACKS
+    return error.errno in _LACKS
