@@ -25,7 +25,8 @@ class State(StrEnum):
 
 
 class Breaker:
-    """Opens after some faults in a row; then asks the engine's `/health`, less and less often.
+    """Opens after some faults in a row, or where an engine is late and not well by its own account; then asks
+    its `/health`, less and less often.
 
     Closed by a good answer, it opens again at the next fault until a request is answered: an engine that is
     well by its own account but answers nothing is tried with one request at a time, less and less often too.
@@ -66,6 +67,11 @@ class Breaker:
         elif hangs:
             self._stand(Standing.OUT)
 
+    def late(self) -> None:
+        """A request took too long, which may be its own doing: the engine is asked how it is."""
+        if self.state is State.CLOSED and self._probe is None:
+            self._probe = Probe(self._upstream, self._heard)
+
     def close(self) -> None:
         """For good: nothing is asked any more."""
         if self._timer is not None:
@@ -81,6 +87,9 @@ class Breaker:
 
     def _open(self, standing: Standing) -> None:
         self.num_openings += 1
+        if self._probe is not None:  # since a request was late
+            self._probe.cancel()
+            self._probe = None
         self._stand(standing)
         self._wait()
 
@@ -102,9 +111,14 @@ class Breaker:
     def _heard(self, standing: Standing | None) -> None:
         self._probe = None
         if standing is None:
-            self._wait()
+            if self.state is State.HALF_OPEN:
+                self._wait()
             return
         self.num_probes["ok" if standing is Standing.UP else "failed"] += 1
+        if self.state is State.CLOSED:
+            if standing is not Standing.UP:
+                self._open(standing)
+            return
         if standing is Standing.UP:
             self._num_faults = self._upstream.limits.faults_to_open - 1
             self.state = State.CLOSED

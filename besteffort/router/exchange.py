@@ -180,7 +180,12 @@ class Exchange:
         breaker = self._proxy.health.of(self._route)
         if fault.is_lack:
             return
-        breaker.failed(hangs=fault.hangs)
+        # A plain answer takes as long as its client likes, and the total counts from the first try on.
+        is_long = fault.kind == "first_byte_timeout" and not self._asked.body.is_streamed
+        if is_long or fault.kind == "total_timeout":
+            breaker.late()
+        else:
+            breaker.failed(hangs=fault.hangs)
 
     def on_crash(self) -> None:
         """Whatever it was that failed here: nothing stays counted, and the client hears of it."""

@@ -76,6 +76,12 @@ class RequestBody:
         value = None if raw is None else _read(raw)
         return min(value, _MAX_NUMBER) if isinstance(value, int) and value > 0 else None
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the client wants a stream."""
+        raw = self._fields.get("stream")
+        return raw is not None and _read(raw) is True
+
     def for_engine(self, served_name: str) -> bytes:
         fields = self._fields
         fields["model"] = msgspec.Raw(_ENCODER.encode(served_name))
