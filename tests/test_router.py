@@ -117,6 +117,12 @@ def test_what_is_asked_for_in_vain_is_not_told_at_length(served: Served, model: 
     assert (status, b"..." in answer, len(answer) < 1_000) == (404, True, True)
 
 
+def test_only_decisions_that_the_policy_made_are_timed(served: Served) -> None:
+    for model in ("large", "besteffort", "small", "besteffort/piqa", "large"):
+        assert served.post({"model": model, "prompt": "x", "max_tokens": 1})[0] == 200
+    assert "besteffort_decision_seconds_count 2.0" in served.metrics()
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
