@@ -22,6 +22,8 @@ from besteffort.router.turnover import Turnover
 from besteffort.router.upstream import Call, Fault, Upstream
 
 _ERROR_EVENT = re.compile(rb'data: ?\{"error": ?\{.*"code": ?(5\d\d)\b')
+_ERROR_BEGINS = (b'data: {"error"', b'data:{"error"')
+_MAX_ERROR = 16_384  # bytes; a longer one is passed on
 # Headers that speak of one connection and not of the answer (RFC 9110, Sec. 7.6.1), and those that
 # are written anew.
 _NOT_PASSED_OUT = frozenset(
@@ -49,7 +51,7 @@ class Exchange:
     """A request at an engine, and the answer on its way to the client."""
 
     __slots__ = (
-        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_is_over",
+        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_held", "_is_over",
         "_last_byte_at", "_num_answers", "_paused", "_proxy", "_request", "_responder", "_route", "_status",
         "_stream_end", "_streams", "_tokens", "_tries",
     )  # fmt: skip
@@ -68,6 +70,7 @@ class Exchange:
         self._tries: Tries | None = None  # none has failed
         self._status = 0
         self._streams = self._paused = False
+        self._held = b""  # a stream's beginning that may be an error's
         self._num_answers = 1
         self._begun = self._is_over = False
         self._first_byte_at = self._last_byte_at = 0.0
@@ -124,8 +127,16 @@ class Exchange:
             self._begin(status)
 
     def on_body(self, data: bytes) -> None:
-        if not self._begun and not self._begin_stream(data):
-            return
+        if not self._begun:
+            data = self._held + data
+            if _may_become_an_error(data):
+                self._held = data
+            elif self._begin_stream(data):
+                self._pass_on(data)
+        else:
+            self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
         if self._tokens is not None:
             self._tokens.feed(data)
             if self._entry is not None:
@@ -142,7 +153,11 @@ class Exchange:
 
     def on_end(self) -> None:
         if not self._begun:
-            self._begin(self._status)
+            held = self._held
+            if not self._begin_stream(held):
+                return
+            if held:
+                self._pass_on(held)
         self._last_byte_at = self._proxy.dispatcher.clock()
         if self._stream_end is not None:  # which had no last event
             self._write_receipt(self._stream_end.rest())
@@ -274,7 +289,7 @@ class Exchange:
         except NoReplicaError:
             return False
         tries.num_retries += 1
-        self._status, self._streams = 0, False
+        self._status, self._streams, self._held = 0, False, b""
         dispatcher.end(failed)
         self._proxy.metrics.retried(failed)
         self._send()
@@ -371,6 +386,13 @@ class Exchange:
             passed,
         )
         return [head, body]
+
+
+def _may_become_an_error(begun: bytes) -> bool:
+    """Whether a stream's first bytes are only the beginning of an event that says that its engine failed."""
+    if b"\n" in begun or len(begun) > _MAX_ERROR:
+        return False
+    return any(begun.startswith(words[: len(begun)]) for words in _ERROR_BEGINS)
 
 
 def _passed_out(headers: Sequence[Header]) -> tuple[list[bytes], bool]:
