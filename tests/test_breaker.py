@@ -1,9 +1,12 @@
 """Engines that die, hang and come back, and whom requests go to meanwhile."""
 
 import contextlib
+import functools
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +28,12 @@ from besteffort.router.upstream import Fault
 from tests.fake_engine import EngineProcess, FakeEngine, plain_answer, serving, wait_for
 from tests.routing import Door, completion, door, limited, routing
 
+# A server that takes requests and never answers.
+_ACCEPTS = """
+import socket, sys, time
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+time.sleep(600)
+"""
 _WELL = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 _LARGE = completion(b'{"model":"large"}')
 _LARGE_STREAM = completion(b'{"model":"large","stream":true}')
@@ -130,6 +139,40 @@ def test_streams_that_had_begun_at_an_engine_that_is_killed_end_with_an_error_ev
             ends.add((stream.headers["x-besteffort-replica"], end))
     assert ends == {("0", "engine_failed"), ("1", "whole")}
     wait_for(lambda: trio.dispatcher.in_flight == [[0, 0], [0]])
+
+
+def accepts(port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port)).close()
+        return True
+    return False
+
+
+def test_when_a_node_with_all_replicas_but_one_is_killed_no_request_fails(fleet: Fleet) -> None:
+    with contextlib.ExitStack() as stack:
+        killed = [free_port() for _ in range(5)]
+        node = [subprocess.Popen([sys.executable, "-S", "-c", _ACCEPTS, str(port)]) for port in killed]
+        for process in node:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        for port in killed:
+            wait_for(functools.partial(accepts, port), 30.0)
+        alive = stack.enter_context(serving(FakeEngine("small").app))
+        engines = [Engine(url, "x") for url in (*(f"http://127.0.0.1:{port}" for port in killed), alive)]
+        dispatcher = Dispatcher(fleet, Static(0, "static:small"), (tuple(engines), (engines[-1],)))
+        url = stack.enter_context(routing(dispatcher, limited(probe_wait_s=60.0, max_probe_wait_s=60.0)))
+        before = Trio(url, None, None, dispatcher)  # type: ignore[arg-type]
+        with ThreadPoolExecutor(5) as clients:
+            body = {"model": "small", "max_tokens": 1}
+            asked = [clients.submit(before.ask, **body) for _ in killed]
+            wait_for(lambda: dispatcher.in_flight[0] == [1, 1, 1, 1, 1, 0])
+            for process in node:
+                process.kill()
+            for process in node:
+                process.wait()
+            assert {before.ask(**body)[:2] for _ in range(4)} == {(200, "small 5")}
+            assert {one.result()[:2] for one in asked} == {(200, "small 5")}
+        wait_for(lambda: dispatcher.in_flight == [[0] * 6, [0]])
 
 
 def test_a_model_of_which_every_replica_is_down_fails_for_who_insists_and_others_are_served(

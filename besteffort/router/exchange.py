@@ -182,7 +182,7 @@ class Exchange:
             status, code, message = 503, "overloaded", f"The router is at its limits: {fault}"
         if not self._begun:
             self._blame(fault)
-            if ends_try(fault) and self._try_another():
+            if ends_try(fault) and self._try_another(fault):
                 return
             self._status = status
         if self._entry is not None:
@@ -272,16 +272,16 @@ class Exchange:
         if status == 500:
             self._tries = self._tries or Tries()
             self._tries.doubt(breaker)
-        if not self._try_another():
+        if not self._try_another(status):
             return False
         call.cancel()
         return True
 
-    def _try_another(self) -> bool:
+    def _try_another(self, given: int | Fault) -> bool:
         """Nothing of an answer has been passed on, so that another replica may give it."""
         dispatcher, failed = self._proxy.dispatcher, self._route
         tries = self._tries = self._tries or Tries()
-        tries.note(failed)
+        tries.note(failed, given)
         if tries.are_over:
             return False
         try:
