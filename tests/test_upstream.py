@@ -273,6 +273,66 @@ def no_files_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def shuts_down(data: bytes) -> Callable[..., None]:
+    """Writes no more, but reads on until the router ends it."""
+    return sends(data, lambda connection: (connection.shutdown(socket.SHUT_WR), stay(connection)))  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (_OK + b"content-length: 3\r\n\r\nabc", b"abc"),
+        (_OK + b"\r\nuntil the end", b"until the end"),
+        (_EVENTS + chunk(_EVENT) + b"0\r\n\r\n", _EVENT),
+        (_OK + b"content-type: text/event-stream\r\n\r\n" + _EVENT, _EVENT),
+        (b"HTTP/1.1 400 Bad\r\ncontent-length: 2\r\n\r\n{}", b"{}"),
+    ],
+    ids=lambda value: repr(value)[2:60],
+)
+def test_an_engine_that_closes_its_side_after_an_answer_is_asked_the_next_on_a_new_connection(
+    fleet: Fleet, answer: bytes, body: bytes
+) -> None:
+    with door(fleet, shuts_down(answer)) as one, one.connect() as client:
+        for number in range(1, 4):
+            client.sendall(_REQUEST)
+            assert read_response(client)[1] == body
+            assert one.engine.num_connections == number
+        wait_for(lambda: one.engine.num_left == 3)
+        outcomes = [line for line in metrics_of(one) if line.startswith("besteffort_requests_total{")]
+        assert len(outcomes) == 1, "all alike"
+        assert 'outcome="failed"' not in outcomes[0]
+        assert not [line for line in metrics_of(one) if line.startswith("besteffort_retries_total{")]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"HTTP/1.1 2", _OK + b"content-le", _EVENTS, _EVENTS + b"5\r\nda"],
+    ids=lambda value: repr(value)[2:60],
+)
+def test_an_engine_that_closes_its_side_before_an_answer_has_failed(fleet: Fleet, answer: bytes) -> None:
+    request = completion(b'{"stream":true}')
+    with door(fleet, shuts_down(answer)) as one:
+        response, body = one.ask(request)
+        assert (response.status, json.loads(body)["error"]["code"]) == (502, "engine_failed")
+        assert len(one.engine.requests) == 3, "each of the three replicas was asked"
+        wait_for(lambda: one.engine.num_left == 3)
+        one.settled()
+
+
+def test_an_engine_that_closes_its_side_in_the_middle_of_an_answer_has_failed(fleet: Fleet) -> None:
+    with door(fleet, shuts_down(_OK + b"content-length: 10\r\n\r\nabc")) as one:
+        with pytest.raises((IncompleteRead, ConnectionResetError)):
+            one.ask(_REQUEST)
+        wait_for(lambda: one.engine.num_left == 1)
+        one.settled()
+    with door(fleet, shuts_down(_EVENTS + chunk(_EVENT) + b"5\r\nda")) as one:
+        _, body = one.ask(_REQUEST)
+        assert body.startswith(_EVENT)
+        assert json.loads(body.rpartition(b"data: ")[2])["error"]["code"] == "engine_failed"
+        wait_for(lambda: one.engine.num_left == 1)
+        one.settled()
+
+
 @dataclass
 class Heard:
     """What a call brought."""
