@@ -1,9 +1,12 @@
 """Engines that die, hang and come back, and whom requests go to meanwhile."""
 
 import contextlib
+import functools
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +24,19 @@ from besteffort.policies import Static
 from besteffort.router import Dispatcher, Limits
 from besteffort.router.breaker import Breaker, State
 from besteffort.router.loads import Standing
+from besteffort.router.upstream import Fault
 from tests.fake_engine import EngineProcess, FakeEngine, plain_answer, serving, wait_for
 from tests.routing import Door, completion, door, limited, routing
 
+# A server that takes requests and never answers.
+_ACCEPTS = """
+import socket, sys, time
+server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+time.sleep(600)
+"""
 _WELL = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 _LARGE = completion(b'{"model":"large"}')
+_LARGE_STREAM = completion(b'{"model":"large","stream":true}')
 
 
 @dataclass
@@ -128,6 +139,40 @@ def test_streams_that_had_begun_at_an_engine_that_is_killed_end_with_an_error_ev
             ends.add((stream.headers["x-besteffort-replica"], end))
     assert ends == {("0", "engine_failed"), ("1", "whole")}
     wait_for(lambda: trio.dispatcher.in_flight == [[0, 0], [0]])
+
+
+def accepts(port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port)).close()
+        return True
+    return False
+
+
+def test_when_a_node_with_all_replicas_but_one_is_killed_no_request_fails(fleet: Fleet) -> None:
+    with contextlib.ExitStack() as stack:
+        killed = [free_port() for _ in range(5)]
+        node = [subprocess.Popen([sys.executable, "-S", "-c", _ACCEPTS, str(port)]) for port in killed]
+        for process in node:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        for port in killed:
+            wait_for(functools.partial(accepts, port), 30.0)
+        alive = stack.enter_context(serving(FakeEngine("small").app))
+        engines = [Engine(url, "x") for url in (*(f"http://127.0.0.1:{port}" for port in killed), alive)]
+        dispatcher = Dispatcher(fleet, Static(0, "static:small"), (tuple(engines), (engines[-1],)))
+        url = stack.enter_context(routing(dispatcher, limited(probe_wait_s=60.0, max_probe_wait_s=60.0)))
+        before = Trio(url, None, None, dispatcher)  # type: ignore[arg-type]
+        with ThreadPoolExecutor(5) as clients:
+            body = {"model": "small", "max_tokens": 1}
+            asked = [clients.submit(before.ask, **body) for _ in killed]
+            wait_for(lambda: dispatcher.in_flight[0] == [1, 1, 1, 1, 1, 0])
+            for process in node:
+                process.kill()
+            for process in node:
+                process.wait()
+            assert {before.ask(**body)[:2] for _ in range(4)} == {(200, "small 5")}
+            assert {one.result()[:2] for one in asked} == {(200, "small 5")}
+        wait_for(lambda: dispatcher.in_flight == [[0] * 6, [0]])
 
 
 def test_a_model_of_which_every_replica_is_down_fails_for_who_insists_and_others_are_served(
@@ -251,8 +296,8 @@ def test_an_engine_that_hangs_is_not_tried_again_before_it_says_that_it_is_well(
     script = Moody(answer=says_nothing, says=says_nothing)
     with moody(fleet, script, first_byte_s=0.2, probe_wait_s=60.0, max_probe_wait_s=60.0) as one:
         for _ in range(3):
-            assert one.ask(_LARGE)[0].status == 504
-        response, body = one.ask(_LARGE)
+            assert one.ask(_LARGE_STREAM)[0].status == 504
+        response, body = one.ask(_LARGE_STREAM)
         assert (response.status, json.loads(body)["error"]["code"]) == (503, "no_replica")
         assert 25 <= int(response.headers["retry-after"]) <= 60
         assert len(one.engine.requests) == 3
@@ -263,16 +308,43 @@ def test_an_engine_that_is_well_by_its_own_account_but_hangs_is_tried_with_one_r
     with moody(fleet, script, first_byte_s=0.2) as one:
         for num_openings, num_requests in ((1, 3), (2, 1), (3, 1)):
             for _ in range(num_requests):
-                assert one.ask(_LARGE)[0].status == 504
+                assert one.ask(_LARGE_STREAM)[0].status == 504
             name = 'besteffort_breaker_openings_total{model="large",replica="0"}'
             assert metric(one, name) == num_openings
             wait_for(lambda: health(one)[1]["status"] == "ok")
         script.answer = lambda connection: connection.sendall(_GOOD)
-        assert one.ask(_LARGE)[0].status == 200
+        assert one.ask(_LARGE_STREAM)[0].status == 200
         script.answer = says_nothing
         for _ in range(2):
-            assert one.ask(_LARGE)[0].status == 504
+            assert one.ask(_LARGE_STREAM)[0].status == 504
         assert metric(one, name) == 3
+
+
+def test_plain_answers_that_take_too_long_leave_an_engine_in_service_that_is_well(fleet: Fleet) -> None:
+    script = Moody(answer=says_nothing)
+    asked = 'besteffort_probes_total{model="large",outcome="ok",replica="0"}'
+    with moody(fleet, script, first_byte_s=0.2) as one:
+        for number in range(1, 6):
+            assert one.ask(_LARGE)[0].status == 504
+            wait_for(lambda: metric(one, asked) == number)  # noqa: B023
+        assert health(one)[1]["status"] == "ok"
+        assert metric(one, 'besteffort_breaker_openings_total{model="large",replica="0"}') == 0
+        script.answer = lambda connection: connection.sendall(_GOOD)
+        assert one.ask(_LARGE)[0].status == 200
+
+
+@pytest.mark.parametrize("limit", ["first_byte_s", "total_s"])
+def test_a_plain_answer_that_takes_too_long_counts_where_the_engine_does_not_say_that_it_is_well(
+    fleet: Fleet, limit: str
+) -> None:
+    script = Moody(answer=says_nothing, says=says_nothing)
+    waits = {"probe_s": 0.2, "probe_wait_s": 60.0, "max_probe_wait_s": 60.0}
+    with moody(fleet, script, **waits, **{limit: 0.5}) as one:
+        assert one.ask(_LARGE)[0].status == 504
+        wait_for(lambda: health(one)[1]["status"] == "down")
+        response, body = one.ask(_LARGE)
+        assert (response.status, json.loads(body)["error"]["code"]) == (503, "no_replica")
+        assert metric(one, 'besteffort_breaker_openings_total{model="large",replica="0"}') == 1
 
 
 @pytest.mark.parametrize(
@@ -299,6 +371,7 @@ class Played:
         self.base_path, self.authority = b"", b"a"
         self.standing = Standing.UP
         self.waits_s: list[float] = []
+        self.num_cancelled = 0  # timers and questions
         self.breaker = Breaker(self, self.turn, np.random.default_rng(1))  # type: ignore[arg-type]
 
     def turn(self, standing: Standing) -> None:
@@ -323,7 +396,7 @@ class Played:
         return self
 
     def cancel(self) -> None:
-        pass
+        self.num_cancelled += 1
 
     def probe(self, status: int) -> None:
         self.ask()
@@ -394,3 +467,43 @@ def test_how_an_engine_stands_follows_from_how_it_fails_and_from_what_it_says() 
     assert engine.up
     engine.breaker.failed(hangs=True)
     assert engine.standing is Standing.OUT
+
+
+def test_an_engine_that_is_late_is_asked_once_at_a_time_and_no_more_once_it_failed() -> None:
+    engine = Played()
+    for status in (200, 404):
+        for _ in range(3):
+            engine.breaker.late()
+        engine.sink.on_head(status, [], 0)
+        engine.sink.on_end()
+        assert (engine.up, engine.breaker.state) == (True, State.CLOSED)
+    assert engine.breaker.num_probes == {"ok": 2, "failed": 0}
+    engine.breaker.late()
+    sink, num_cancelled = engine.sink, engine.num_cancelled
+    for _ in range(2):
+        engine.breaker.failed()
+    assert engine.standing is Standing.SUSPECT
+    assert engine.num_cancelled == num_cancelled + 2, "the question and its timer"
+    engine.breaker.late()  # it is asked anyhow
+    assert engine.sink is sink
+    engine.probe(200)
+    engine.breaker.late()
+    engine.sink.on_head(503, [], 0)
+    engine.sink.on_end()
+    assert (engine.standing, engine.breaker.state) == (Standing.UNWELL, State.OPEN)
+    assert (engine.breaker.num_openings, len(engine.waits_s)) == (2, 2)
+
+
+def test_an_engine_that_could_not_be_asked_stands_as_it_stood() -> None:
+    engine = Played()
+    lack = Fault("lack", "no file is left")
+    engine.breaker.late()
+    engine.sink.on_fault(lack)
+    assert (engine.up, engine.breaker.state) == (True, State.CLOSED)
+    for _ in range(2):
+        engine.breaker.failed()
+    engine.ask()
+    engine.sink.on_fault(lack)
+    assert (engine.standing, engine.breaker.state) == (Standing.SUSPECT, State.OPEN)
+    assert len(engine.waits_s) == 2
+    assert engine.breaker.num_probes == {"ok": 0, "failed": 0}

@@ -34,6 +34,7 @@ _FROM_CLIENTS = (
     completion(b'{"stream":true,"n":2}', b"x-besteffort-receipt: stream"),
     completion(b'{"model":"nobody"}'),
     b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n" * 3 + completion(b'{"model":"large"}'),
     b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{",
     b"garbage\r\n\r\n",
 )

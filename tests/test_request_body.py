@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -81,7 +82,13 @@ def test_the_engine_gets_one_model_whatever_the_client_hid_it_in(data: bytes, mo
         b'\xef\xbb\xbf{"a":1}',
         b"{" * 10**6,
         b'{"\\ud800":1}',
+        b"{" + b",".join(b'"%d":1' % number for number in range(1_001)) + b"}",
+        b'{"n":NaN,' + b",".join(b'"%d":1' % number for number in range(1_000)) + b"}",
+        b'{"n":NaN,"prompt":"'
+        + b"x" * 300_000
+        + b'"}',  # which Python would read, in the time of many requests
     ],
+    ids=lambda data: repr(data)[2:40],
 )
 def test_what_is_no_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r".*"):
@@ -128,3 +135,22 @@ def test_prompts_that_cannot_be_counted_are_one() -> None:
 def test_numbers_that_are_wanted_have_a_bound() -> None:
     body = RequestBody(b'{"max_tokens":18446744073709551615,"n":%b}' % (b"1" * 400))
     assert (body.max_tokens, body.num_answers) == (2**31 - 1, 2**31 - 1)
+
+
+def test_a_body_is_in_memory_once() -> None:
+    data = '{"model":"a","prompt":"%s"}' % ("é" * 1_000_000)
+    encoded = data.encode()
+    tracemalloc.start()
+    try:
+        body = RequestBody(encoded)
+        assert tracemalloc.get_traced_memory()[0] < 10_000
+        assert body.model == "a"
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("model", ["x" * 2_000_000, [[]] * 1_000_000])
+def test_of_a_model_that_is_too_long_to_be_one_only_the_beginning_is_read(model: Any) -> None:
+    body = RequestBody(json.dumps({"model": model}).encode())
+    assert 0 < len(body.model) <= 1_000
+    assert json.loads(body.for_engine("b")) == {"model": "b"}

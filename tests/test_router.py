@@ -109,6 +109,20 @@ def test_an_unknown_model_gets_a_404_in_openai_s_schema(served: Served, model: o
     )
 
 
+@pytest.mark.parametrize("model", ["x" * 1_000_000, ["x"] * 100_000, "\0" * 10_000, ["x" * 400, "y"]])
+def test_what_is_asked_for_in_vain_is_not_told_at_length(served: Served, model: object) -> None:
+    status, _, answer = served.post({"model": model, "prompt": "x"})
+    assert (status, b"..." in answer, len(answer) < 1_000) == (404, True, True)
+    status, _, answer = served.post({"model": "large"}, {"x-besteffort-task": "x" * 5_000})
+    assert (status, b"..." in answer, len(answer) < 1_000) == (404, True, True)
+
+
+def test_only_decisions_that_the_policy_made_are_timed(served: Served) -> None:
+    for model in ("large", "besteffort", "small", "besteffort/piqa", "large"):
+        assert served.post({"model": model, "prompt": "x", "max_tokens": 1})[0] == 200
+    assert "besteffort_decision_seconds_count 2.0" in served.metrics()
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [

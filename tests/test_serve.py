@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pyarrow.parquet as pq
 import pytest
 
 from besteffort.fleet import load_fleet
@@ -245,6 +247,64 @@ def test_metrics_and_administration_have_the_port_that_is_said(fleet_dir: Path) 
 def test_a_door_open_to_all_is_warned_of(fleet_dir: Path, options: tuple[str, ...], warned: bool) -> None:
     with serving(fleet_dir, *options) as (_, _, said):
         assert ("warning: " in said) == warned
+
+
+def test_fewer_files_than_connections_are_warned_of(fleet_dir: Path, engine: RawEngine) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        pytest.skip("there is no limit here")
+    with serving(fleet_dir, "--max-connections", str(hard)) as (_, _, said):
+        told = " ".join(said.split())
+        assert told.count("warning: ") == 1
+        assert f"this process may have {hard}: " in told
+    engine.requests.clear()  # it is asked anew what it serves
+    with serving(fleet_dir, "--max-connections", str(hard // 2)) as (process, _, said):
+        assert "warning: " not in said
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+
+
+# As `besteffort`, but that the end of the decision log takes a while.
+_SLOW_TO_END = """
+import sys, time
+from besteffort.cli import app
+from besteffort.router import DecisionLog
+close = DecisionLog.close
+def close_slowly(log):
+    print("closing", file=sys.stderr, flush=True)
+    time.sleep(1.0)
+    close(log)
+DecisionLog.close = close_slowly
+app()
+"""
+
+
+def test_told_to_stop_once_more_it_still_ends_in_order(fleet_dir: Path, engine: RawEngine) -> None:
+    def script(connection: socket.socket, number: int) -> None:
+        if number == 0:
+            vllm_like(connection, number)
+        else:
+            connection.sendall(plain_answer())
+
+    engine.script = script
+    folder = fleet_dir / "decisions"
+    words = ("serve", fleet_dir, "--policy", "random", "--port", "0", "--decision-log", folder)
+    command = [sys.executable, "-c", _SLOW_TO_END, *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        found = None
+        while found is None:
+            found = re.search(r" at (https?://\S+)/v1", process.stderr.readline())
+        with connect(found[1]) as client:
+            client.sendall(completion(b"{}"))
+            assert read_response(client)[0].status == 200
+        process.terminate()
+        while process.stderr.readline() != "closing\n":
+            pass
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            process.send_signal(number)
+        assert process.wait(20) == 0
+    (path,) = folder.glob("*.parquet")
+    assert pq.read_metadata(path).num_rows == 1
 
 
 @pytest.mark.parametrize(

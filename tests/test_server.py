@@ -5,11 +5,14 @@ import json
 import socket
 import ssl
 import subprocess
+import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,6 +22,12 @@ from hypothesis import strategies as st
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin
 from besteffort.router import ApiKey, Limits, PolicySource, Settings
+from besteffort.router.app import App
+from besteffort.router.endpoints import Endpoints
+from besteffort.router.limits import MEBIBYTE
+from besteffort.router.message import Reply, Request
+from besteffort.router.metrics import Metrics
+from besteffort.router.request_reader import Budget, RequestReader
 from besteffort.stages.serve import tls_context
 from tests.fake_engine import plain_answer, wait_for
 from tests.routing import Door, completion, door, limited, read_all, read_response
@@ -201,6 +210,55 @@ def test_pipelined_requests_are_answered_in_order(plain: Door) -> None:
     assert statuses(plain.exchange(b"".join(requests))) == [200, 200, 404, 400, 200]
 
 
+def test_a_client_with_thousands_of_requests_that_need_no_engine_leaves_others_their_turn(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, heads, order = 2000, [], []
+    began, other_asked = threading.Event(), threading.Event()
+
+    def refuse(endpoints: Endpoints, request: Request) -> Reply | None:
+        heads.append(request.target)
+
+    def render(_: Metrics) -> bytes:
+        order.append("many")
+        began.set()
+        other_asked.wait(20)
+        return b""
+
+    def say_health(_: App, __: Request, responder: Any) -> None:
+        order.append("other")
+        assert len(heads) < number, "all of them were read before"
+        responder.reply(Reply(200))
+
+    monkeypatch.setattr(Endpoints, "refuse", refuse)
+    monkeypatch.setattr(Metrics, "render", render)
+    monkeypatch.setattr(App, "_say_health", say_health)
+    with door(fleet, answer) as one, one.connect() as many, one.connect() as other:
+        metrics = b"GET /metrics HTTP/1.1\r\nhost: a\r\n"
+        many.sendall((metrics + b"\r\n") * (number - 1) + metrics + b"connection: close\r\n\r\n")
+        assert began.wait(20)
+        other.sendall(_GET + b"\r\n")
+        other_asked.set()
+        assert read_response(other)[0].status == 200
+        assert statuses(read_all(many)) == [200] * number
+    assert order.index("other") < 100
+
+
+def test_of_what_a_client_asked_before_it_closed_its_side_all_is_answered_that_needs_no_engine(
+    fleet: Fleet,
+) -> None:
+    def hang(connection: socket.socket, _: int) -> None:
+        connection.recv(1)
+
+    with door(fleet, hang) as one:
+        for behind in (b"", completion(_BODY) + _GET + b"\r\n"):
+            assert statuses(one.exchange((_GET + b"\r\n") * 200 + behind, half_close=True)) == [200] * 200
+        assert statuses(one.exchange((_GET + b"\r\n") * 200 + b"x\r\n", half_close=True)) == [200] * 200 + [
+            400
+        ]
+        one.settled()
+
+
 def test_a_good_request_is_answered_before_the_bad_one_behind_it_is_refused(plain: Door) -> None:
     assert statuses(plain.exchange(completion(_BODY) + b"nonsense\r\n\r\n")) == [200, 400]
 
@@ -339,6 +397,16 @@ def test_a_client_that_sends_drop_by_drop_is_shown_out_in_time(fleet: Fleet, dro
         pytest.fail("it was let in for 10 s")
 
 
+def test_the_rest_of_a_body_has_its_own_time_also_behind_another_request(fleet: Fleet) -> None:
+    with door(fleet, answer, limited(head_s=0.3)) as one, one.connect() as client:
+        request = completion(_BODY)
+        client.sendall(_GET + b"\r\n" + request[:-5])
+        assert read_response(client)[0].status == 200
+        time.sleep(1.0)
+        client.sendall(request[-5:])
+        assert read_response(client)[0].status == 200
+
+
 def test_an_idle_connection_is_closed(fleet: Fleet) -> None:
     with door(fleet, answer, limited(keep_alive_s=0.2)) as one:
         assert statuses(one.exchange(_GET + b"\r\n")) == [200]
@@ -398,6 +466,55 @@ def test_bodies_that_together_are_too_large_are_refused(fleet: Fleet) -> None:
         assert read_response(client)[0].status == 200
         for _ in range(3):  # what was held is given back
             assert one.ask(completion(body))[0].status == 200
+
+
+def test_the_body_of_a_stream_that_has_begun_is_held_no_longer(fleet: Fleet) -> None:
+    def stream(connection: socket.socket, _: int) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n")
+
+    body = json.dumps({"model": "large", "stream": True, "prompt": "x" * 100_000}).encode()
+    with (
+        door(fleet, stream, limited(max_held=150_000)) as one,
+        one.connect() as first,
+        one.connect() as second,
+    ):
+        for client in (first, second):
+            client.sendall(completion(body))
+            assert client.recv(12) == b"HTTP/1.1 200"
+
+
+class Owner:
+    """Takes requests from a reader."""
+
+    def head_began(self) -> None:
+        pass
+
+    def head_ended(self, request: Request, *, expects_continue: bool) -> Reply | None:
+        return None
+
+    def request_ended(self, request: Request, refusal: Reply | None) -> None:
+        self.request = request
+
+
+def test_a_body_takes_no_more_memory_than_is_counted_for_it_and_none_when_it_is_done() -> None:
+    owner, budget = Owner(), Budget(MEBIBYTE)
+    reader = RequestReader(owner, Limits(), budget)
+    tracemalloc.start()
+    try:
+        reader.feed(_POST + b"transfer-encoding: chunked\r\n\r\n")
+        for _ in range(1000):
+            reader.feed(b"2\r\nab\r\n" * 100)
+        assert budget.held == 200_000
+        assert tracemalloc.get_traced_memory()[0] < 300_000
+        reader.feed(b"0\r\n\r\n")
+        assert owner.request.body == b"ab" * 100_000
+        assert budget.held == 200_000
+        assert tracemalloc.get_traced_memory()[0] < 250_000
+        reader.release(owner.request)
+        assert budget.held == 0
+        assert tracemalloc.get_traced_memory()[0] < 50_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_more_connections_than_allowed_are_turned_away(fleet: Fleet) -> None:

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -12,8 +14,9 @@ from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import Static
 from besteffort.router import Dispatcher
+from besteffort.router.upstream import Call, Upstream
 from tests.fake_engine import RawEngine, plain_answer, wait_for
-from tests.routing import Door, completion, limited, routing
+from tests.routing import Door, completion, limited, read_response, routing
 from tests.test_upstream import metrics_of, stay
 
 Answer = Callable[[socket.socket], None]
@@ -232,3 +235,64 @@ def test_a_stream_may_wait_for_its_first_event_as_long_as_a_plain_answer(fleet: 
         response, body = one.door.ask(completion(_STREAMED))
         assert (response.status, json.loads(body)["error"]["code"]) == (504, "engine_timeout")
         assert one.num_asked == [1, 0, 0]
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b""], ids=["", "not quite whole"])
+@pytest.mark.parametrize("size", [1, 7, 20])
+def test_an_error_that_comes_in_pieces_is_one_all_the_same(fleet: Fleet, size: int, end: bytes) -> None:
+    event = says_in_a_stream(503).rstrip() + end
+    pieces = [event[at : at + size] for at in range(0, len(event), size)]
+    with three(fleet, streams(*pieces), streams(_TOKEN, _TOKEN), well) as one:
+        assert one.ask(_STREAMED) == (200, "small 1", _TOKEN * 2)
+        one.answers[1] = one.answers[2] = streams(*pieces)
+        assert one.ask(_STREAMED) == (200, "large 0", event)
+        one.door.settled()
+
+
+@pytest.mark.parametrize(
+    ("begun", "is_passed_on"),
+    [
+        (b'data: {"ch', True),
+        (b": ping", True),
+        (b'data: {"error', False),
+        (b'data: {"error"' + b"x" * 10_000, False),
+        (b'data: {"error"' + b"x" * 20_000, True),
+        (b'data: {"error"\n', True),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_of_a_stream_only_what_may_become_an_error_is_held_back(
+    fleet: Fleet, begun: bytes, is_passed_on: bool
+) -> None:
+    with (
+        three(fleet, streams(begun, then=stay), streams(_TOKEN), well, between_bytes_s=0.3) as one,
+        one.door.connect() as client,
+    ):
+        client.sendall(completion(_STREAMED))
+        response, body = read_response(client)
+        assert (response.status, body.startswith(begun)) == ((200, True) if is_passed_on else (504, False))
+        one.door.settled()
+
+
+def test_an_error_of_which_only_a_part_came_before_it_broke_off_is_passed_on_to_nobody(fleet: Fleet) -> None:
+    with three(fleet, streams(b'data: {"err', then=socket.socket.close), streams(_TOKEN), well) as one:
+        assert one.ask(_STREAMED) == (200, "small 1", _TOKEN)
+
+
+def test_all_tries_together_have_the_time_of_one(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Call] = []
+    send = Upstream.send
+
+    def remembered(upstream: Upstream, *args: Any) -> Call:
+        calls.append(send(upstream, *args))
+        time.sleep(0.05)
+        return calls[-1]
+
+    monkeypatch.setattr(Upstream, "send", remembered)
+    with three(fleet, says(500), socket.socket.close, well) as one:
+        for number in range(1, 3):
+            assert one.ask()[:2] == (200, "large 0")
+            assert len(calls) == 3 * number
+        due_at = [call.total_due_at for call in calls]
+        assert len(set(due_at[:3])) == len(set(due_at[3:])) == 1
+        assert due_at[0] < due_at[3]

@@ -1,23 +1,35 @@
 """The side that faces engines: what they may send, how slowly, and what clients get of it."""
 
+import asyncio
+import contextlib
 import json
+import logging
+import os
 import random
+import resource
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from http.client import IncompleteRead
 
 import pytest
+import uvloop
 
 from besteffort.engines.child import free_port
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
 from besteffort.policies import RoundRobin, Static
-from besteffort.router import Dispatcher
+from besteffort.router import Dispatcher, Limits
+from besteffort.router.exchange import Exchange
 from besteffort.router.loads import Standing
-from tests.fake_engine import plain_answer, wait_for
+from besteffort.router.outbox import Outbox
+from besteffort.router.upstream import Call, Fault, Upstream
+from besteffort.router.watch import Watch
+from tests.fake_engine import RawEngine, plain_answer, wait_for
 from tests.routing import Door, completion, door, limited, read_response, routing
 
 _OK = b"HTTP/1.1 200 OK\r\n"
@@ -190,7 +202,8 @@ def test_a_slow_stream_may_take_longer_than_each_of_its_gaps(fleet: Fleet) -> No
         assert one.ask(_REQUEST)[1] == _EVENT * 8
 
 
-def test_an_engine_that_never_accepts_is_given_up(fleet: Fleet) -> None:
+@pytest.mark.parametrize("limit", ["connect_s", "total_s"])
+def test_an_engine_that_never_accepts_is_given_up(fleet: Fleet, limit: str) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         port = full.getsockname()[1]
         waiting = [socket.socket() for _ in range(3)]
@@ -200,11 +213,13 @@ def test_an_engine_that_never_accepts_is_given_up(fleet: Fleet) -> None:
         engine = Engine(f"http://127.0.0.1:{port}", "x")
         dispatcher = Dispatcher(fleet, RoundRobin(), ((engine, engine), (engine,)))
         with (
-            routing(dispatcher, limited(connect_s=0.3)) as url,
+            routing(dispatcher, limited(**{limit: 0.3})) as url,
             socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as client,
         ):
             client.sendall(_REQUEST)
-            assert read_response(client)[0].status == 504
+            response, body = read_response(client)
+            said = {"connect_s": "no connection within 0.3 s", "total_s": "not done within 0.3 s"}
+            assert (response.status, said[limit] in body.decode()) == (504, True)
         for one in waiting:
             one.close()
 
@@ -220,6 +235,246 @@ def test_a_port_where_nobody_listens_gives_a_502_at_once(fleet: Fleet) -> None:
             client.sendall(_REQUEST)
             assert read_response(client)[0].status == 502
     assert dispatcher.in_flight == [[0, 0], [0]]
+
+
+def test_a_router_without_files_left_says_so_and_blames_no_engine(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        door(fleet, lambda connection, _: connection.sendall(plain_answer())) as one,
+        one.connect() as client,
+    ):
+        client.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")  # it is let in
+        assert read_response(client)[0].status == 200
+        with no_files_left():
+            for _ in range(5):
+                client.sendall(_REQUEST)
+                response, body = read_response(client)
+                assert (response.status, response.headers["retry-after"]) == (503, "1")
+                assert json.loads(body)["error"]["code"] == "overloaded"
+        client.sendall(_REQUEST)
+        assert read_response(client)[0].status == 200
+        openings = [line for line in metrics_of(one) if line.startswith("besteffort_breaker_openings_total{")]
+        assert {line.rpartition(" ")[2] for line in openings} == {"0.0"}
+        one.settled()
+    (told,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "Too many open files" in told.getMessage()
+
+
+@contextlib.contextmanager
+def no_files_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def shuts_down(data: bytes) -> Callable[..., None]:
+    """Writes no more, but reads on until the router ends it."""
+    return sends(data, lambda connection: (connection.shutdown(socket.SHUT_WR), stay(connection)))  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (_OK + b"content-length: 3\r\n\r\nabc", b"abc"),
+        (_OK + b"\r\nuntil the end", b"until the end"),
+        (_EVENTS + chunk(_EVENT) + b"0\r\n\r\n", _EVENT),
+        (_OK + b"content-type: text/event-stream\r\n\r\n" + _EVENT, _EVENT),
+        (b"HTTP/1.1 400 Bad\r\ncontent-length: 2\r\n\r\n{}", b"{}"),
+    ],
+    ids=lambda value: repr(value)[2:60],
+)
+def test_an_engine_that_closes_its_side_after_an_answer_is_asked_the_next_on_a_new_connection(
+    fleet: Fleet, answer: bytes, body: bytes
+) -> None:
+    with door(fleet, shuts_down(answer)) as one, one.connect() as client:
+        for number in range(1, 4):
+            client.sendall(_REQUEST)
+            assert read_response(client)[1] == body
+            assert one.engine.num_connections == number
+        wait_for(lambda: one.engine.num_left == 3)
+        outcomes = [line for line in metrics_of(one) if line.startswith("besteffort_requests_total{")]
+        assert len(outcomes) == 1, "all alike"
+        assert 'outcome="failed"' not in outcomes[0]
+        assert not [line for line in metrics_of(one) if line.startswith("besteffort_retries_total{")]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"HTTP/1.1 2", _OK + b"content-le", _EVENTS, _EVENTS + b"5\r\nda"],
+    ids=lambda value: repr(value)[2:60],
+)
+def test_an_engine_that_closes_its_side_before_an_answer_has_failed(fleet: Fleet, answer: bytes) -> None:
+    request = completion(b'{"stream":true}')
+    with door(fleet, shuts_down(answer)) as one:
+        response, body = one.ask(request)
+        assert (response.status, json.loads(body)["error"]["code"]) == (502, "engine_failed")
+        assert len(one.engine.requests) == 3, "each of the three replicas was asked"
+        wait_for(lambda: one.engine.num_left == 3)
+        one.settled()
+
+
+def test_an_engine_that_closes_its_side_in_the_middle_of_an_answer_has_failed(fleet: Fleet) -> None:
+    with door(fleet, shuts_down(_OK + b"content-length: 10\r\n\r\nabc")) as one:
+        with pytest.raises((IncompleteRead, ConnectionResetError)):
+            one.ask(_REQUEST)
+        wait_for(lambda: one.engine.num_left == 1)
+        one.settled()
+    with door(fleet, shuts_down(_EVENTS + chunk(_EVENT) + b"5\r\nda")) as one:
+        _, body = one.ask(_REQUEST)
+        assert body.startswith(_EVENT)
+        assert json.loads(body.rpartition(b"data: ")[2])["error"]["code"] == "engine_failed"
+        wait_for(lambda: one.engine.num_left == 1)
+        one.settled()
+
+
+@dataclass
+class Heard:
+    """What a call brought."""
+
+    body: bytes = b""
+    ended: bool = False
+
+    def on_head(self, *_: object) -> None:
+        pass
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
+
+    def on_batch(self) -> None:
+        pass
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    def on_fault(self, fault: Fault) -> None:
+        raise fault
+
+    def on_crash(self) -> None:
+        raise AssertionError("it was told of a fault")
+
+
+@contextlib.contextmanager
+def upstream_of(url: str) -> Iterator[Upstream]:
+    """For the event loop that runs."""
+    loop = asyncio.get_running_loop()
+    upstream = Upstream(url, Limits(), Watch(loop), loop, Outbox(loop))
+    try:
+        yield upstream
+    finally:
+        upstream.close()
+
+
+@contextlib.contextmanager
+def ending(call: Call) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        call.cancel()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 -- it comes about in another thread
+            await asyncio.sleep(0.01)
+
+
+def test_a_pause_that_comes_before_the_connection_is_there_holds() -> None:
+    sent = threading.Event()
+
+    def answer(connection: socket.socket, _: int) -> None:
+        connection.sendall(_OK + b"content-length: 3\r\n\r\nabc")
+        sent.set()
+
+    async def play() -> None:
+        with upstream_of(engine.url) as upstream:
+            for _ in range(2):  # the second time on a connection that is there
+                heard = Heard()
+                sent.clear()
+                call = upstream.send(lambda: [_REQUEST], heard)
+                with ending(call):
+                    call.pause()
+                    await until(sent.is_set)
+                    await asyncio.sleep(0.2)
+                    assert heard.body == b""
+                    call.resume()
+                    await until(lambda: heard.ended)  # noqa: B023
+                assert heard.body == b"abc"
+
+    engine = RawEngine(answer)
+    uvloop.run(play())
+    engine.close()
+
+
+def test_a_client_that_does_not_read_stops_the_next_engine_s_answer_too(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanges: list[Exchange] = []
+    start = Exchange.start
+
+    def start_paused(exchange: Exchange) -> None:
+        start(exchange)
+        exchange.pause()
+        exchanges.append(exchange)
+
+    monkeypatch.setattr(Exchange, "start", start_paused)
+    dead = Engine(f"http://127.0.0.1:{free_port()}", "x")
+    with door(fleet, lambda connection, _: connection.sendall(plain_answer())) as one:
+        dispatcher = Dispatcher(fleet, Static(0, "static:small"), ((dead, dead), one.dispatcher.engines[1]))
+        with routing(dispatcher) as url, Door(url, one.engine, dispatcher).connect() as client:
+            client.sendall(completion(b"{}"))
+            wait_for(lambda: one.engine.requests)
+            client.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+            client.settimeout(20)
+            loop = exchanges[0]._proxy.upstream_of(dead).loop
+            loop.call_soon_threadsafe(exchanges[0].resume)
+            assert read_response(client)[0].status == 200
+
+
+def test_a_request_that_waits_for_its_answer_is_not_kept_a_second_time() -> None:
+    size, received = 5_000_000, []
+
+    def read_and_forget(connection: socket.socket) -> None:
+        left = size
+        with connection:
+            while part := connection.recv(min(left, 65_536)):
+                left -= len(part)
+                if not left:
+                    received.append(connection)
+                    left = size
+                    if len(received) == 1:
+                        connection.sendall(_OK + b"content-length: 0\r\n\r\n")
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=read_and_forget, args=(listener.accept()[0],), daemon=True).start()
+
+    async def play() -> None:
+        with contextlib.ExitStack() as stack:
+            upstream = stack.enter_context(upstream_of(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+            for number in range(1, 4):  # on a new connection, on the same once more, on a new one
+                heard = Heard()
+                stack.callback(upstream.send(lambda: [bytes(size)], heard).cancel)
+                await until(lambda: len(received) == number)  # noqa: B023
+                await until(lambda: heard.ended or number > 1)  # noqa: B023
+                assert tracemalloc.get_traced_memory()[0] < 1_000_000
+        assert received[0] is received[1]
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        tracemalloc.start()
+        try:
+            uvloop.run(play())
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_request_that_nobody_began_to_answer_goes_to_another_replica_and_then_to_another_model(
@@ -256,7 +511,7 @@ def test_a_request_is_not_tried_for_ever(fleet: Fleet) -> None:
 def test_a_request_that_took_an_engine_too_long_is_not_put_on_the_next(fleet: Fleet) -> None:
     with door(fleet, sends(b"", stay), limited(first_byte_s=0.2)) as one:
         assert one.ask(completion(b"{}"))[0].status == 504
-        assert len(one.engine.requests) == 1
+        assert sum(request.startswith(b"POST ") for request in one.engine.requests) == 1
 
 
 def test_where_every_replica_hangs_clients_are_told_to_come_again(fleet: Fleet) -> None:

@@ -7,6 +7,7 @@ from besteffort.fleet import RESERVED_NAME, Fleet
 
 TASK_HEADER = "x-besteffort-task"
 PREFIX = RESERVED_NAME
+_MAX_SHOWN = 100  # characters of what a client gave
 
 
 @dataclass(slots=True)
@@ -49,12 +50,18 @@ class Addresses:
         """
         found = self._by_model.get(model) if model is None or isinstance(model, str) else None
         if found is None:
-            message = f"The model {model!r} does not exist; give one of {', '.join(self._ids)}"
+            message = f"The model {_shown(model)} does not exist; give one of {', '.join(self._ids)}"
             raise UnknownAddressError(message, "model")
         task, pinned = found
         if header is not None:
             task = self._tasks.get(header)
             if task is None:
-                message = f"The task {header!r} does not exist; give one of {', '.join(self._tasks)}"
+                message = f"The task {_shown(header)} does not exist; give one of {', '.join(self._tasks)}"
                 raise UnknownAddressError(message, TASK_HEADER)
         return Address(task or 0, pinned)
+
+
+def _shown(given: Any) -> str:
+    """Its beginning, where there is much of it."""
+    text = repr(given[: _MAX_SHOWN + 1] if isinstance(given, str) else given)
+    return text if len(text) <= _MAX_SHOWN + len("''") else f"{text[:_MAX_SHOWN]}..."

@@ -25,7 +25,8 @@ class State(StrEnum):
 
 
 class Breaker:
-    """Opens after some faults in a row; then asks the engine's `/health`, less and less often.
+    """Opens after some faults in a row, or where an engine is late and not well by its own account; then asks
+    its `/health`, less and less often.
 
     Closed by a good answer, it opens again at the next fault until a request is answered: an engine that is
     well by its own account but answers nothing is tried with one request at a time, less and less often too.
@@ -62,11 +63,14 @@ class Breaker:
         if self.state is State.CLOSED:
             self._num_faults += 1
             if self._num_faults >= self._upstream.limits.faults_to_open:
-                self.num_openings += 1
-                self._stand(Standing.OUT if hangs else Standing.SUSPECT)
-                self._wait()
+                self._open(Standing.OUT if hangs else Standing.SUSPECT)
         elif hangs:
             self._stand(Standing.OUT)
+
+    def late(self) -> None:
+        """A request took too long, which may be its own doing: the engine is asked how it is."""
+        if self.state is State.CLOSED and self._probe is None:
+            self._probe = Probe(self._upstream, self._heard)
 
     def close(self) -> None:
         """For good: nothing is asked any more."""
@@ -80,6 +84,14 @@ class Breaker:
         if standing is not self.standing:
             self.standing = standing
             self._turn(standing)
+
+    def _open(self, standing: Standing) -> None:
+        self.num_openings += 1
+        if self._probe is not None:  # since a request was late
+            self._probe.cancel()
+            self._probe = None
+        self._stand(standing)
+        self._wait()
 
     def _wait(self) -> None:
         limits = self._upstream.limits
@@ -96,13 +108,20 @@ class Breaker:
         self.state = State.HALF_OPEN
         self._probe = Probe(self._upstream, self._heard)
 
-    def _heard(self, standing: Standing) -> None:
+    def _heard(self, standing: Standing | None) -> None:
         self._probe = None
+        if standing is None:
+            if self.state is State.HALF_OPEN:
+                self._wait()
+            return
+        self.num_probes["ok" if standing is Standing.UP else "failed"] += 1
+        if self.state is State.CLOSED:
+            if standing is not Standing.UP:
+                self._open(standing)
+            return
         if standing is Standing.UP:
-            self.num_probes["ok"] += 1
             self._num_faults = self._upstream.limits.faults_to_open - 1
             self.state = State.CLOSED
         else:
-            self.num_probes["failed"] += 1
             self._wait()
         self._stand(standing)

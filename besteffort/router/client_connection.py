@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _LINGER_S = 2.0  # how long a refused client may go on sending, so that it gets to read why
 _MAX_UNREAD = 65_536  # of requests that came before their turn
+_PIECE = 16_384  # bytes read at a time: there may be hundreds of requests in as much
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -47,7 +48,8 @@ class House(Protocol):
 class ClientConnection(asyncio.Protocol):
     """Reads, hands one request at a time to the handler, and is the responder of its answer.
 
-    A client that closes its side while an answer is due counts as gone, as it does for nginx.
+    A client that closes its side while an answer is due counts as gone, as it does for nginx. What it asked
+    before and needs no engine is still answered.
     """
 
     def __init__(self, house: House) -> None:
@@ -55,11 +57,13 @@ class ClientConnection(asyncio.Protocol):
         self._limits = house.limits
         self._reader = RequestReader(self, house.limits, house.budget)
         self._ready: deque[tuple[Request, Reply | None]] = deque()
-        self._unread = b""  # came while a request was in work
+        self._unread = b""  # came before its turn
         self._request: Request | None = None  # in work
         self._job: Job | None = None
         self._last_words: Reply | None = None  # a refusal to be sent after the answers before it
         self._owes_continue = False
+        self._awaits_turn = False  # there is more to do, once other connections were heard
+        self._leaves = False  # the client has closed its side
         self._closing = False  # nothing more is read
         self._paused = False  # the client does not read what we wrote
         self._out: list[bytes] = []
@@ -87,7 +91,7 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
-        if self._request is not None or self._paused:
+        if self._request is not None or self._paused or self._awaits_turn:
             self._unread += data
             if len(self._unread) > _MAX_UNREAD:
                 self._transport.pause_reading()
@@ -97,6 +101,9 @@ class ClientConnection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._house.outbox.flush()  # it may have asked all that it wants, and is answered
+        if (self._awaits_turn or self._leaves) and self._transport.can_write_eof():
+            self._leaves = True
+            return True  # stay open, and close when that is answered too
         self._abandon()
         self._due_in(self._limits.send_s)
         return False  # close
@@ -149,28 +156,54 @@ class ClientConnection(asyncio.Protocol):
     # Requests, one after the other.
 
     def _read(self, data: bytes) -> None:
+        """Up to the first piece with a whole request in it; the rest has to wait."""
         try:
-            self._reader.feed(data)
+            for begin in range(0, len(data), _PIECE):
+                self._reader.feed(data[begin : begin + _PIECE])
+                if self._ready:
+                    self._unread = data[begin + _PIECE :]
+                    return
         except Refusal as refusal:
             if not (self._ready and not self._ready[-1][0].keep_alive):
                 self._last_words = refusal.reply
 
     def _work(self) -> None:
-        """Go on until a request is in work, or nothing is left to do."""
+        """Go on until a request is in work, or one was answered at once, or nothing is left to do."""
         while self._request is None and not (self._closing or self._paused):
             if self._ready:
                 self._start(*self._ready.popleft())
+                if self._request is None and self._has_more:
+                    self._await_turn()
+                    return
             elif self._last_words is not None:
                 self._refuse(self._last_words)
             elif self._unread:
                 data, self._unread = self._unread, b""
-                self._transport.resume_reading()
+                if not self._leaves:
+                    self._transport.resume_reading()
                 self._read(data)
             elif self._owes_continue:
                 self._owes_continue = False
                 self._house.outbox.send(self._transport, (_CONTINUE,))
             else:
                 break
+        if self._leaves and not (self._closing or self._paused):
+            self._abandon()
+            self._close()
+
+    @property
+    def _has_more(self) -> bool:
+        return bool(self._ready or self._last_words or self._unread or self._owes_continue)
+
+    def _await_turn(self) -> None:
+        """Go on after all others: thousands of requests that are answered at once may come in one read."""
+        if not self._awaits_turn:
+            self._awaits_turn = True
+            self._house.loop.call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._awaits_turn = False
+        self._work()
 
     def _start(self, request: Request, refusal: Reply | None) -> None:
         self._request = request
@@ -201,8 +234,13 @@ class ClientConnection(asyncio.Protocol):
             self._work()
 
     def _await_next(self) -> None:
-        if not self._paused:
-            self._due_in(self._limits.head_s if self._reader.in_message else self._limits.keep_alive_s)
+        reader, limits = self._reader, self._limits
+        if self._paused:
+            return
+        if reader.in_body:
+            self._due_in(limits.body_s)
+        else:
+            self._due_in(limits.head_s if reader.in_message else limits.keep_alive_s)
 
     def _due_in(self, delay_s: float) -> None:
         self.due_at = self._house.loop.time() + delay_s
@@ -236,6 +274,7 @@ class ClientConnection(asyncio.Protocol):
         assert request is not None, "an answer has a request"
         if self._house.draining:
             request.keep_alive = False
+        self._reader.release(request)  # it goes to no engine any more
         self._bodiless = status in (204, 304)
         self._chunked = length is None and request.http_1_1 and not self._bodiless
         if length is None and not (self._chunked or self._bodiless):
@@ -277,8 +316,8 @@ class ClientConnection(asyncio.Protocol):
     # Ends.
 
     def drain(self) -> None:
-        """Take no new request; one that is in work or half read is answered."""
-        if self._request is None and not (self._closing or self._reader.in_message):
+        """Take no new request; one that is in work, or waits for its turn, or is half read is answered."""
+        if self._request is None and not (self._closing or self._awaits_turn or self._reader.in_message):
             self._close()
 
     def abort(self) -> None:
@@ -290,7 +329,7 @@ class ClientConnection(asyncio.Protocol):
         self._out = self._whole(reply, None)
         self.flush()
         self._abandon()
-        if self._transport.can_write_eof():
+        if self._transport.can_write_eof() and not self._leaves:
             self._due_in(_LINGER_S)
             self._transport.resume_reading()
             self._house.outbox.flush()

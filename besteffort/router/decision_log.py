@@ -40,18 +40,25 @@ Row = tuple[Any, ...]  # as `_columns` takes it apart
 class Entry:
     """What is known of one request, until it has ended."""
 
-    __slots__ = ("_body", "_decision", "_log", "_prompt", "_request_id", "error", "feed")
+    __slots__ = ("_body", "_decision", "_log", "_numbers", "_prompt", "_request_id", "error", "feed")
 
     def __init__(
         self, log: "DecisionLog", decision: Decision | None, body: RequestBody, request_id: bytes
     ) -> None:
         self._log = log
         self._decision = decision
-        self._body = body
+        self._body: RequestBody | None = body
+        self._numbers = 1, 1  # tokens: of the prompt by its length, and wanted at most
         self._request_id = request_id
         self._prompt = PromptCount()
         self.feed = self._prompt.feed  # with the answer's bytes
         self.error: str | None = None  # an engine's
+
+    def begin(self) -> None:
+        """Read what is needed of the body, which goes to no engine any more, and let go of it."""
+        if self._body is not None:
+            self._numbers = estimate(self._body.prompt), self._body.max_tokens or 1
+            self._body = None
 
     def end(
         self,
@@ -66,15 +73,16 @@ class Entry:
         latency_ms_per_token: float | None,
         deadline_ms_per_token: float,
     ) -> None:
-        stated, body = self._prompt.stated, self._body
+        self.begin()
+        stated, (estimated, num_wanted) = self._prompt.stated, self._numbers
         self._log.add(
             (
                 route,
                 self._decision,
                 self._request_id,
-                estimate(body.prompt) if stated is None else stated,
+                estimated if stated is None else stated,
                 stated is None,
-                num_tokens or body.max_tokens or 1,
+                num_tokens or num_wanted,
                 num_tokens,
                 num_retries,
                 outcome,

@@ -22,6 +22,8 @@ from besteffort.router.turnover import Turnover
 from besteffort.router.upstream import Call, Fault, Upstream
 
 _ERROR_EVENT = re.compile(rb'data: ?\{"error": ?\{.*"code": ?(5\d\d)\b')
+_ERROR_BEGINS = (b'data: {"error"', b'data:{"error"')
+_MAX_ERROR = 16_384  # bytes; a longer one is passed on
 # Headers that speak of one connection and not of the answer (RFC 9110, Sec. 7.6.1), and those that
 # are written anew.
 _NOT_PASSED_OUT = frozenset(
@@ -49,9 +51,9 @@ class Exchange:
     """A request at an engine, and the answer on its way to the client."""
 
     __slots__ = (
-        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_is_over", "_last_byte_at",
-        "_proxy", "_request", "_responder", "_route", "_status", "_stream_end", "_streams", "_tokens",
-        "_tries",
+        "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_held", "_is_over",
+        "_last_byte_at", "_num_answers", "_paused", "_proxy", "_request", "_responder", "_route", "_status",
+        "_stream_end", "_streams", "_tokens", "_tries",
     )  # fmt: skip
 
     def __init__(self, proxy: Shared, request: Request, asked: Asked, responder: Responder) -> None:
@@ -67,7 +69,9 @@ class Exchange:
         self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
         self._tries: Tries | None = None  # none has failed
         self._status = 0
-        self._streams = False
+        self._streams = self._paused = False
+        self._held = b""  # a stream's beginning that may be an error's
+        self._num_answers = 1
         self._begun = self._is_over = False
         self._first_byte_at = self._last_byte_at = 0.0
 
@@ -88,7 +92,10 @@ class Exchange:
 
     def _send(self) -> None:
         upstream = self._proxy.upstream_of(self._route.engine)
-        self._call = upstream.send(self._rewritten(upstream), self)
+        due_at = None if self._call is None else self._call.total_due_at  # all tries together have that long
+        self._call = upstream.send(lambda: self._rewritten(upstream), self, due_at)
+        if self._paused:
+            self._call.pause()
 
     # What the client's connection says: see `Job`.
 
@@ -98,10 +105,12 @@ class Exchange:
             self._end("cancelled")
 
     def pause(self) -> None:
+        self._paused = True
         if self._call is not None:
             self._call.pause()
 
     def resume(self) -> None:
+        self._paused = False
         if self._call is not None:
             self._call.resume()
 
@@ -118,8 +127,16 @@ class Exchange:
             self._begin(status)
 
     def on_body(self, data: bytes) -> None:
-        if not self._begun and not self._begin_stream(data):
-            return
+        if not self._begun:
+            data = self._held + data
+            if _may_become_an_error(data):
+                self._held = data
+            elif self._begin_stream(data):
+                self._pass_on(data)
+        else:
+            self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
         if self._tokens is not None:
             self._tokens.feed(data)
             if self._entry is not None:
@@ -136,7 +153,11 @@ class Exchange:
 
     def on_end(self) -> None:
         if not self._begun:
-            self._begin(self._status)
+            held = self._held
+            if not self._begin_stream(held):
+                return
+            if held:
+                self._pass_on(held)
         self._last_byte_at = self._proxy.dispatcher.clock()
         if self._stream_end is not None:  # which had no last event
             self._write_receipt(self._stream_end.rest())
@@ -154,17 +175,32 @@ class Exchange:
 
     def on_fault(self, fault: Fault) -> None:
         status, code = (504, "engine_timeout") if fault.hangs else (502, "engine_failed")
+        fleet = self._proxy.dispatcher.fleet
+        name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
+        message = f"The engine of {name} failed: {fault}"
+        if fault.is_lack:
+            status, code, message = 503, "overloaded", f"The router is at its limits: {fault}"
         if not self._begun:
-            self._proxy.health.of(self._route).failed(hangs=fault.hangs)
-            if ends_try(fault) and self._try_another():
+            self._blame(fault)
+            if ends_try(fault) and self._try_another(fault):
                 return
             self._status = status
         if self._entry is not None:
             self._entry.error = fault.kind
         self._end("failed")
-        fleet = self._proxy.dispatcher.fleet
-        name = f"{fleet.model_names[self._route.model]}, replica {self._route.replica}"
-        self._say_failed(status, f"The engine of {name} failed: {fault}", code)
+        self._say_failed(status, message, code)
+
+    def _blame(self, fault: Fault) -> None:
+        """Hold a fault before an answer against its engine, as far as it is the engine's."""
+        breaker = self._proxy.health.of(self._route)
+        if fault.is_lack:
+            return
+        # A plain answer takes as long as its client likes, and the total counts from the first try on.
+        is_long = fault.kind == "first_byte_timeout" and not self._asked.body.is_streamed
+        if is_long or fault.kind == "total_timeout":
+            breaker.late()
+        else:
+            breaker.failed(hangs=fault.hangs)
 
     def on_crash(self) -> None:
         """Whatever it was that failed here: nothing stays counted, and the client hears of it."""
@@ -186,6 +222,8 @@ class Exchange:
         if not self._begun:
             is_up = self._proxy.health.of(self._route).standing is Standing.UP
             retry_after_s = None if is_up else self._proxy.health.retry_after_s
+            if status == 503:  # whoever comes again finds some connection ended
+                retry_after_s = 1
             reply = error_reply(status, message, code, retry_after_s=retry_after_s)
             self._responder.reply(reply.identified(self._asked.request_id))
         elif self._streams:
@@ -213,8 +251,12 @@ class Exchange:
         lines, length = self._head
         if self._status < 400:
             self._tokens = StreamCount() if self._streams else PlainCount()
+            self._num_answers = self._asked.body.num_answers
             if self._streams and self._asked.streams_receipt:
                 self._stream_end, length = StreamEnd(), None
+        if self._entry is not None:
+            self._entry.begin()
+        self._asked.body.let_go()
         receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
         lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
         self._begun = True
@@ -230,16 +272,16 @@ class Exchange:
         if status == 500:
             self._tries = self._tries or Tries()
             self._tries.doubt(breaker)
-        if not self._try_another():
+        if not self._try_another(status):
             return False
         call.cancel()
         return True
 
-    def _try_another(self) -> bool:
+    def _try_another(self, given: int | Fault) -> bool:
         """Nothing of an answer has been passed on, so that another replica may give it."""
         dispatcher, failed = self._proxy.dispatcher, self._route
         tries = self._tries = self._tries or Tries()
-        tries.note(failed)
+        tries.note(failed, given)
         if tries.are_over:
             return False
         try:
@@ -247,7 +289,7 @@ class Exchange:
         except NoReplicaError:
             return False
         tries.num_retries += 1
-        self._status, self._streams = 0, False
+        self._status, self._streams, self._held = 0, False, b""
         dispatcher.end(failed)
         self._proxy.metrics.retried(failed)
         self._send()
@@ -278,7 +320,7 @@ class Exchange:
         if self._tokens is None or not (num_tokens := self._tokens.total):
             return None
         total_ms = 1000.0 * (self._last_byte_at - self._route.arrived_at)
-        return total_ms * self._asked.body.num_answers / num_tokens
+        return total_ms * self._num_answers / num_tokens
 
     def _write_up_to_receipt(self, stream_end: StreamEnd, data: bytes) -> None:
         before, after = stream_end.feed(data)
@@ -344,6 +386,13 @@ class Exchange:
             passed,
         )
         return [head, body]
+
+
+def _may_become_an_error(begun: bytes) -> bool:
+    """Whether a stream's first bytes are only the beginning of an event that says that its engine failed."""
+    if b"\n" in begun or len(begun) > _MAX_ERROR:
+        return False
+    return any(begun.startswith(words[: len(begun)]) for words in _ERROR_BEGINS)
 
 
 def _passed_out(headers: Sequence[Header]) -> tuple[list[bytes], bool]:

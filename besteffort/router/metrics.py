@@ -47,7 +47,8 @@ class Metrics(Collector):
 
     def ended(self, route: Route, outcome: str) -> None:
         self.requests[route.task, route.model, outcome] += 1
-        self._decision.observe(route.decision_s)
+        if not route.pinned:  # else there was nothing to decide
+            self._decision.observe(route.decision_s)
 
     def retried(self, failed: Route) -> None:
         self._retries[failed.task, failed.model, str(failed.replica)] += 1

@@ -11,14 +11,14 @@ class Probe:
     """Sends `GET /health` at once; `hear` is called once with what that says, but never after `cancel`.
 
     Up is an engine that gives a whole answer below 500 in time: one that has no such path is there too. Out
-    is one that hangs.
+    is one that hangs. None says that it could not be asked, for want of something here.
     """
 
-    def __init__(self, upstream: Upstream, hear: Callable[[Standing], None]) -> None:
+    def __init__(self, upstream: Upstream, hear: Callable[[Standing | None], None]) -> None:
         self._hear = hear
         self._status = 0
         request = b"GET %b/health HTTP/1.1\r\nhost: %b\r\n\r\n" % (upstream.base_path, upstream.authority)
-        self._call = upstream.send([request], self)
+        self._call = upstream.send(lambda: [request], self)
         self._timer = upstream.loop.call_later(upstream.limits.probe_s, self._give_up)
 
     def cancel(self) -> None:
@@ -50,4 +50,7 @@ class Probe:
 
     def on_fault(self, fault: Fault) -> None:
         self._timer.cancel()
-        self._hear(Standing.OUT if fault.hangs else Standing.UNWELL)
+        if fault.is_lack:
+            self._hear(None)
+        else:
+            self._hear(Standing.OUT if fault.hangs else Standing.UNWELL)

@@ -10,6 +10,9 @@ _DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENCODER = msgspec.json.Encoder()
 _LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')  # one prompt may be a list as well, of tokens
 _MAX_NUMBER = 2**31 - 1  # of tokens or answers
+_MAX_FIELDS = 1_000  # each costs some 200 bytes, and may be told in 8
+_MAX_NAME = 1_000  # bytes of JSON
+_MAX_LENIENT = 256 * 1024  # bytes: what is read as Python would takes thirty times as much memory
 
 
 class RequestBody:
@@ -19,23 +22,34 @@ class RequestBody:
     """
 
     def __init__(self, data: bytes) -> None:
-        """Raises ValueError: it is not a JSON object in UTF-8, or nested deeper than anyone can read.
+        """Raises ValueError: it is not a JSON object in UTF-8, or deeper or of more fields than any is.
 
         Whatever is read of it afterwards, but for `model`, raises nothing.
         """
-        text = data.decode()
+        if not data.isascii():
+            data.decode()  # raises ValueError where it is not UTF-8; its values stay parts of `data`
         try:
-            self._fields = _DECODER.decode(text)
+            self._fields = _DECODER.decode(data)
         except RecursionError:
             raise ValueError("nested too deep") from None
         except msgspec.DecodeError:
-            self._fields = _read_leniently(text)
+            self._fields = _read_leniently(data)
+        if len(self._fields) > _MAX_FIELDS:
+            raise ValueError("too many fields")
 
     @property
     def model(self) -> Any:
-        """None if it is missing. Raises ValueError: it is nothing that JSON knows."""
+        """None if it is missing; of one that is too long to be any, its beginning.
+
+        Raises ValueError: it is nothing that JSON knows.
+        """
         raw = self._fields.get("model")
-        return None if raw is None else msgspec.json.decode(raw)
+        if raw is None:
+            return None
+        value = memoryview(raw)
+        if len(value) > _MAX_NAME:
+            return str(value[:_MAX_NAME], errors="replace")
+        return msgspec.json.decode(raw)
 
     @property
     def num_answers(self) -> int:
@@ -62,10 +76,20 @@ class RequestBody:
         value = None if raw is None else _read(raw)
         return min(value, _MAX_NUMBER) if isinstance(value, int) and value > 0 else None
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the client wants a stream."""
+        raw = self._fields.get("stream")
+        return raw is not None and _read(raw) is True
+
     def for_engine(self, served_name: str) -> bytes:
         fields = self._fields
         fields["model"] = msgspec.Raw(_ENCODER.encode(served_name))
         return _ENCODER.encode(fields)
+
+    def let_go(self) -> None:
+        """Of all of it: it goes to no engine any more."""
+        self._fields = {}
 
 
 def _read(raw: msgspec.Raw, kind: Any = Any) -> Any:
@@ -76,10 +100,12 @@ def _read(raw: msgspec.Raw, kind: Any = Any) -> Any:
         return None
 
 
-def _read_leniently(text: str) -> dict[str, msgspec.Raw]:
+def _read_leniently(data: bytes) -> dict[str, msgspec.Raw]:
     """NaN, infinities and the like are not JSON, but Python clients write them and vLLM reads them."""
+    if len(data) > _MAX_LENIENT:
+        raise ValueError("not JSON, and too long to be read otherwise")
     try:
-        value = json.loads(text)
+        value = json.loads(data.decode())
         if not isinstance(value, dict):
             raise ValueError("not an object")
         fields = {key: msgspec.Raw(json.dumps(part).encode()) for key, part in value.items()}

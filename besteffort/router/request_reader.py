@@ -49,7 +49,9 @@ class RequestReader:
         self._url = b""
         self._headers: dict[bytes, bytes] = {}
         self._num_head = self._num_body = 0
-        self._parts: list[bytes] = []
+        # One that comes in parts is put together as it comes: each as an object of its own would cost far
+        # more than it brings.
+        self._body: bytes | bytearray = b""
         self._request: Request | None = None
         self._refusal: Reply | None = None
 
@@ -73,9 +75,14 @@ class RequestReader:
         if self._silent > self._limits.max_head:
             raise _refusal(431, f"More than {self._limits.max_head} bytes of headers", "head_too_large")
 
+    @property
+    def in_body(self) -> bool:
+        return self._request is not None
+
     def release(self, request: Request) -> None:
-        """Note that a request is done and its body held no longer."""
+        """Let go of a request's body, once it is of no use any more."""
         self._budget.held -= len(request.body)
+        request.body = b""
 
     def close(self) -> None:
         """Note that the rest of a body will never come."""
@@ -134,17 +141,22 @@ class RequestReader:
             raise _refusal(413, f"The body is longer than {self._limits.max_body} bytes", "body_too_large")
         if self._budget.held > self._budget.limit:
             raise Refusal(error_reply(429, "Too many large requests at once", "overloaded", retry_after_s=1))
-        self._parts.append(part)
+        if not self._body:
+            self._body = part
+        elif isinstance(self._body, bytearray):
+            self._body += part
+        else:
+            self._body = bytearray(self._body + part)
 
     def on_message_complete(self) -> None:
         request = self._request
         assert request is not None, "its head has ended"
         self._silent = 0
         request.keep_alive = self._parser.should_keep_alive()  # true only in this very callback
-        request.body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._num_body = 0  # from here on it is the request's
+        request.body, refusal = bytes(self._body), self._refusal
+        self._clear()  # from here on all of it is the request's
         self.in_message = False
-        self._owner.request_ended(request, self._refusal)
+        self._owner.request_ended(request, refusal)
 
     def _check(self, request: Request, version: str) -> None:
         """What llhttp lets pass."""

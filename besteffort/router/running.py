@@ -19,6 +19,8 @@ from besteffort.router.server import Server
 from besteffort.router.settings import Settings
 from besteffort.router.watch import Watch
 
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
 
 @asynccontextmanager
 async def running_router(
@@ -69,7 +71,10 @@ def run_router(
     hang_up: HangUp,
     say: Callable[[str], None],
 ) -> None:
-    """Serve until SIGINT or SIGTERM; SIGHUP loads the policy of the start anew. `say` hears what is done."""
+    """Serve until SIGINT or SIGTERM; SIGHUP loads the policy of the start anew. `say` hears what is done.
+
+    From then on none of these signals changes anything: whoever called this still has things to end.
+    """
 
     async def serve() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
@@ -81,7 +86,7 @@ def run_router(
             else:
                 reload.start()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _ENDING:
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, hung_up)
         if hang_up.came:
@@ -104,3 +109,5 @@ def run_router(
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve())
     hang_up.ignore()
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_IGN)

@@ -4,7 +4,7 @@ from besteffort.router.breaker import Breaker
 from besteffort.router.dispatcher import Route
 from besteffort.router.upstream import Fault
 
-_MAX_TRIES = 3
+_MAX_TRIES = 3  # that an engine may have worked at; to find nobody there costs next to nothing
 # An engine that took long to begin is not asked twice: the next one would be, by as many again.
 _RETRIED_FAULTS = frozenset(("connect", "connect_timeout", "broke_off", "garbage"))
 # 501 is what an engine does not do at all. vLLM says 500 while it is dying; a gateway the others.
@@ -21,15 +21,18 @@ class Tries:
 
     def __init__(self) -> None:
         self.places: list[tuple[int, int]] = []  # models and replicas
+        self._num_costly = 0  # of these
         self.num_retries = 0
         self._doubted: list[Breaker] = []
 
     @property
     def are_over(self) -> bool:
-        return len(self.places) >= _MAX_TRIES
+        return self._num_costly >= _MAX_TRIES
 
-    def note(self, failed: Route) -> None:
+    def note(self, failed: Route, given: int | Fault) -> None:
         self.places.append((failed.model, failed.replica))
+        if not (isinstance(given, Fault) and given.kind == "connect"):
+            self._num_costly += 1
 
     def doubt(self, breaker: Breaker) -> None:
         """Its engine said 500, which may be the request's own fault."""

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
+import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
@@ -18,10 +20,15 @@ from besteffort.router.watch import Watch
 log = logging.getLogger(__name__)
 
 _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout", "stall"))
+# What this machine or this process has too few of, whatever the engine is like.
+_LACKS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
+_COMPLAIN_EVERY_S = 60.0
+
+Write = Callable[[], Sequence[bytes]]
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
-    """What an engine did wrong."""
+    """What an engine did wrong, or, of kind "lack", what was missing here to ask it."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -31,6 +38,11 @@ class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
     def hangs(self) -> bool:
         """Whether it took long to notice."""
         return self.kind in _TIMEOUTS
+
+    @property
+    def is_lack(self) -> bool:
+        """Whether it says nothing of the engine."""
+        return self.kind == "lack"
 
 
 class Sink(Protocol):
@@ -71,10 +83,18 @@ class Upstream:
         self.loop = loop
         self.outbox = outbox
         self.idle: list[UpstreamConnection] = []
+        self._complains_at = -math.inf
 
-    def send(self, request: Sequence[bytes], sink: Sink) -> "Call":
-        """Send the bytes of a request; the answer goes to `sink`, never before this returns."""
-        call = Call(self, request, sink)
+    def send(self, write: Write, sink: Sink, total_due_at: float | None = None) -> "Call":
+        """Send the bytes of a request; the answer goes to `sink`, never before this returns.
+
+        They are asked for when they go out, which may be twice, and are not kept: what waits for its answer
+        would be in memory a second time. `total_due_at`, by the event loop's clock, is given for a request
+        that was sent elsewhere before.
+        """
+        if total_due_at is None:
+            total_due_at = self.loop.time() + self.limits.total_s
+        call = Call(self, write, sink, total_due_at)
         while self.idle:
             connection = self.idle.pop()
             if connection.is_open:
@@ -87,19 +107,25 @@ class Upstream:
         while self.idle:
             self.idle.pop().close()
 
+    def complain(self, error: OSError) -> None:
+        """Of what is missing here, once in a while."""
+        if self.loop.time() >= self._complains_at:
+            self._complains_at = self.loop.time() + _COMPLAIN_EVERY_S
+            log.warning("no connection to %s: %s", self.authority.decode(), error.strerror or error)
+
 
 class Call:
     """One request at an engine, until its answer is whole, or it failed, or nobody wants it any more."""
 
-    __slots__ = ("_connecting", "_upstream", "connection", "paused", "request", "sink", "total_due_at")
+    __slots__ = ("_connecting", "_upstream", "connection", "paused", "sink", "total_due_at", "write")
 
-    def __init__(self, upstream: Upstream, request: Sequence[bytes], sink: Sink) -> None:
+    def __init__(self, upstream: Upstream, write: Write, sink: Sink, total_due_at: float) -> None:
         self._upstream = upstream
-        self.request = request
+        self.write = write
         self.sink = sink
         self.connection: UpstreamConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self.total_due_at = upstream.loop.time() + upstream.limits.total_s
+        self.total_due_at = total_due_at
         self.paused = False
 
     def connect(self) -> None:
@@ -135,27 +161,37 @@ class Call:
         self.sink.on_crash()
 
     async def _connect(self) -> None:
-        upstream = self._upstream
+        upstream, limits = self._upstream, self._upstream.limits
         connection = UpstreamConnection(upstream)
         fault = None
+        left_s = self.total_due_at - upstream.loop.time()
         try:
-            async with asyncio.timeout(upstream.limits.connect_s):
+            async with asyncio.timeout(min(limits.connect_s, left_s)):
                 await upstream.loop.create_connection(
                     lambda: connection, upstream.host, upstream.port, ssl=upstream.tls
                 )
         except TimeoutError:
-            fault = Fault("connect_timeout", f"no connection within {upstream.limits.connect_s:g} s")
+            if left_s < limits.connect_s:
+                fault = Fault("total_timeout", f"not done within {limits.total_s:g} s")
+            else:
+                fault = Fault("connect_timeout", f"no connection within {limits.connect_s:g} s")
         except asyncio.CancelledError:
             connection.close()
             raise
         except OSError as error:
-            fault = Fault("connect", f"no connection: {error.strerror or error}")
+            is_lack = _is_lack(error)
+            if is_lack:
+                upstream.complain(error)
+            fault = Fault("lack" if is_lack else "connect", f"no connection: {error.strerror or error}")
         finally:
             self._connecting = None
-        if fault is None:
-            connection.take(self, reused=False)
-        else:
+        if fault is not None:
             self.fail(fault)
+            return
+        try:
+            connection.take(self, reused=False)
+        except Exception:
+            self.crash()
 
 
 class UpstreamConnection(asyncio.Protocol):
@@ -177,13 +213,16 @@ class UpstreamConnection(asyncio.Protocol):
         if not self.is_open:  # closed between being made and being taken
             call.fail(Fault("connect", "closed as soon as it was open"))
             return
+        request = call.write()
         self._call = call
         self._reused = reused
         self._unanswered = True
         call.connection = self
         self._reader.expect(call.sink)
         self.due_at = min(self._upstream.loop.time() + self._upstream.limits.first_byte_s, call.total_due_at)
-        self._upstream.outbox.send(self._transport, call.request)
+        if call.paused:  # while it was connecting
+            self.pause()
+        self._upstream.outbox.send(self._transport, request)
 
     def close(self) -> None:
         self._call = None
@@ -298,3 +337,13 @@ class UpstreamConnection(asyncio.Protocol):
         self.close()
         with contextlib.suppress(ValueError):
             self._upstream.idle.remove(self)
+
+
+def _is_lack(error: OSError) -> bool:
+    """Whether a connection failed for want of something here."""
+    if isinstance(error, socket.gaierror):  # a name that cannot be looked up without files
+        try:
+            socket.socket().close()
+        except OSError as own:
+            return own.errno in _LACKS
+    return error.errno in _LACKS

@@ -23,6 +23,7 @@ from besteffort.router import (
     Dispatcher,
     Forecast,
     HangUp,
+    Limits,
     PolicySource,
     Settings,
     run_router,
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 # Connections that the kernel holds for us while we are busy: a burst is not refused.
 _BACKLOG = 2048
+_OTHER_FILES = 200  # than clients' connections, at least
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -79,7 +81,7 @@ def serve(
     if decision_log is not None:
         _check_writable(decision_log)
     _warn_of_open_doors(host, None if admin_port is None else admin_host, settings, progress)
-    _raise_file_limit()
+    _raise_file_limit(settings.limits, progress)
     scheme = "http" if settings.tls is None else "https"
     with ExitStack() as stack:
         listener, url = stack.enter_context(_listening(scheme, host, port))
@@ -166,10 +168,19 @@ def _check_writable(folder: Path) -> None:
         raise UsageError(f"--decision-log {folder}: no folder that can be written to; choose another place")
 
 
-def _raise_file_limit() -> None:
+def _raise_file_limit(limits: Limits, progress: Progress) -> None:
     """Every connection is an open file, and the usual soft limit is 1,024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # some systems say "infinity" and allow less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    # Requests for which there is no connection to an engine left are told to come again.
+    num_needed = limits.max_connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < num_needed:
+        progress.say(
+            f"warning: {limits.max_connections} clients' connections and those to engines are open files, of "
+            f"which this process may have {soft}: raise the limit (ulimit -Hn) or lower --max-connections"
+        )
 
 
 @contextmanager
