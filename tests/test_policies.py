@@ -78,6 +78,22 @@ def _with_deadline(fleet: Fleet, deadline_ms_per_token: float) -> Fleet:
         task.model_copy(update={"deadline_ms_per_token": deadline_ms_per_token}) for task in fleet.tasks
     )
     return fleet.model_copy(update={"tasks": tasks})
+def test_greedy_goes_by_the_request_s_own_deadline_where_it_has_one(fleet: Fleet) -> None:
+    steps_ms = np.array([[10.0, 10.0], [30.0, 30.0]])
+    latency = Latency(np.array([1, 101]), steps_ms, np.zeros(2), np.zeros(2), np.ones((2, 4)))
+    greedy = Greedy(latency, np.array([[0.8, 1.0], [0.8, 1.0]]), fleet)
+    seen = _seen(0, 0)  # copa, which has 40 ms; the large model takes 28.5, with prefills in no time
+    chosen = [greedy.choose(replace(seen, deadline_ms_per_token=own)) for own in (None, 28.0, 29.0, 5.0)]
+    assert chosen == [1, 0, 1, 0]
+
+
+def test_what_was_learned_or_tuned_for_a_task_s_deadline_knows_no_other(fleet: Fleet) -> None:
+    network = learned(_trained(fleet, [0.1, 0.7]), "trained")
+    thresholds = Thresholds(ThresholdTable(np.array([5.0]), np.array([[[9.0], [9.0]]]), num_smoothed=8))
+    strict = replace(_seen(0, 0), deadline_ms_per_token=1e-6)
+    assert [policy.choose(strict) for policy in (network, thresholds)] == [1, 1]
+
+
 
 
 def test_a_trained_policy_comes_back_from_its_file_and_takes_the_highest_q_value(
