@@ -161,6 +161,29 @@ def test_hung_up_it_reads_its_policy_anew_and_keeps_the_old_one_if_that_is_bad(f
 
 def test_hung_up_while_its_engines_start_it_reads_its_policy_anew_once_it_serves(
     fleet_dir: Path, engine: RawEngine
+def test_a_router_that_nobody_listens_to_any_more_takes_another_policy_and_ends_in_order(
+    fleet_dir: Path,
+) -> None:
+    path = fleet_dir / "policy.safetensors"
+    save_preferring(path, load_fleet(fleet_dir), 0)
+    loads = b'besteffort_policy_loads_total{outcome="%b"} 1.0'
+    with serving(fleet_dir, "--policy", str(path)) as (process, url, _), connect(url) as client:
+        assert get(client, b"/health") == 200  # it listens to signals by now
+        assert process.stderr is not None
+        process.stderr.close()
+        for outcome in (b"ok", b"failed"):
+            process.send_signal(signal.SIGHUP)
+            wait_for(lambda: loads % outcome in metrics(client))  # noqa: B023
+            path.write_bytes(b"nonsense")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def metrics(client: socket.socket) -> bytes:
+    client.sendall(b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n")
+    return read_response(client)[1]
+
+
 ) -> None:
     path = fleet_dir / "policy.safetensors"
     save_preferring(path, load_fleet(fleet_dir), 0)
