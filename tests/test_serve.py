@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from besteffort.engines.child import free_port
 from besteffort.fleet import load_fleet
 from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
@@ -175,6 +176,18 @@ def test_a_router_that_nobody_listens_to_any_more_takes_another_policy_and_ends_
             process.send_signal(signal.SIGHUP)
             wait_for(lambda: loads % outcome in metrics(client))  # noqa: B023
             path.write_bytes(b"nonsense")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_a_router_without_standard_error_serves_and_ends_in_order(fleet_dir: Path, engine: RawEngine) -> None:
+    port = free_port()
+    words = ("serve", str(fleet_dir), "--policy", "random", "--port", str(port))
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "besteffort", *words]
+    with subprocess.Popen(command) as process:
+        wait_for(lambda: len(engine.requests) == 2 or process.poll() is not None, 30)
+        with connect(f"http://127.0.0.1:{port}") as client:
+            assert get(client, b"/health") == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
 
