@@ -27,6 +27,8 @@ class Observation:
     replica itself on the diagonal, else at each other model on its device"""
     closed: tuple[int, ...] = ()
     """Models of which no replica can take a request; a policy that knows a second choice passes them over"""
+    deadline_ms_per_token: float | None = None
+    """The request's own, for policies that predict; None: its task's, which is all that networks know"""
 
 
 @dataclass(frozen=True, slots=True)

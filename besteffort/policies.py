@@ -119,7 +119,9 @@ class Greedy:
     def choose(self, observation: Observation) -> int:
         task = self.fleet.tasks[observation.task]
         predicted = _predicted_ms_per_token(self.latency, task, observation)
-        weight = deadline_weight(predicted, task.deadline_ms_per_token, self.fleet.deadline_kind)
+        weight = deadline_weight(
+            predicted, _deadline_ms_per_token(task, observation), self.fleet.deadline_kind
+        )
         utility = weight * self.relative_rewards[observation.task]
         if not utility.any():
             return int(np.argmin(predicted))
@@ -133,6 +135,11 @@ def _predicted_ms_per_token(latency: Latency, task: Task, observation: Observati
         num_prompt_tokens=round(sum(task.num_prompt_tokens) / 2),
         num_output_tokens=round(sum(task.num_output_tokens) / 2),
     )
+
+
+def _deadline_ms_per_token(task: Task, observation: Observation) -> float:
+    own = observation.deadline_ms_per_token
+    return task.deadline_ms_per_token if own is None else own
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ class SlackFit:
     def choose(self, observation: Observation) -> int:
         task = self.fleet.tasks[observation.task]
         predicted = _predicted_ms_per_token(self.latency, task, observation)
-        fits = np.flatnonzero(predicted <= task.deadline_ms_per_token)
+        fits = np.flatnonzero(predicted <= _deadline_ms_per_token(task, observation))
         return int(fits[-1]) if len(fits) else int(np.argmin(predicted))
 
 

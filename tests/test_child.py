@@ -25,6 +25,22 @@ def test_a_child_that_is_stopped_is_gone(tmp_path: Path) -> None:
     assert not alive(child.pid)
 
 
+def test_a_child_has_our_environment_and_its_own_but_not_the_router_s_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESTEFFORT_API_KEY", "sesame")
+    monkeypatch.setenv("BESTEFFORT_ADMIN_API_KEY", "sesame too")
+    monkeypatch.setenv("OURS", "from us")
+    script = "import os; print(dict(os.environ), open(f'/proc/{os.getppid()}/environ').read(), flush=True)"
+    child = Child("x", [sys.executable, "-c", script], tmp_path / "log", {"ITS": "its own"})
+    wait_for(lambda: child.exit_status is not None)
+    told = (tmp_path / "log").read_text()
+    child.stop()
+    assert "sesame" not in told
+    assert "'OURS': 'from us'" in told
+    assert "'ITS': 'its own'" in told
+
+
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("besteffort.engines.child.STOP_TIMEOUT_S", 0.3)
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"

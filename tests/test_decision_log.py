@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -22,8 +23,10 @@ import pytest
 
 from besteffort import dqn
 from besteffort.artifacts.decisions_file import RECORDED, SCHEMA, save_decisions
-from besteffort.artifacts.files import sha256
+from besteffort.artifacts.files import provenance, sha256
 from besteffort.artifacts.policy_file import load_policy
+from besteffort.artifacts.profile_file import save_samples
+from besteffort.artifacts.rewards_file import read_given_rewards, save_rewards
 from besteffort.cli import app
 from besteffort.engines.running import Engine
 from besteffort.errors import TraceError
@@ -34,13 +37,14 @@ from besteffort.router import DecisionLog, Dispatcher
 from besteffort.router.prompt_count import PromptCount, estimate
 from besteffort.stages.train import train
 from besteffort.trace import load_trace, read_trace
+from besteffort.training.trace_parts import MIN_LIVES, MIN_NUM_REQUESTS
 from besteffort.workload import generate_workload
 from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
-from tests.routing import routing
-from tests.test_dqn import BRIEF, TINY
+from tests.routing import completion, read_response, routing
+from tests.test_dqn import BRIEF, TINY, make_samples
 from tests.test_reload import save_preferring
-from tests.test_serve import engine, fleet_dir, serving, vllm_like
+from tests.test_serve import connect, engine, fleet_dir, get, serving, vllm_like
 
 __all__ = ["engine", "fleet_dir"]  # fixtures
 
@@ -374,3 +378,85 @@ def test_a_log_is_trained_from_like_any_trace(
     facts = load_policy(fleet_dir / "policy.safetensors", load_fleet(fleet_dir)).facts
     assert facts["sha256"]["trace logs"] == sha256(logs)
     assert set(facts["evaluation_by_trace"]) == {"logs"}
+
+
+@pytest.fixture
+def quick_fleet_dir(tmp_path: Path) -> Path:
+    """The CPU fleet, profiled and scored, with answers so short that a second of requests is a long time."""
+    folder = tmp_path / "quick"
+    folder.mkdir()
+    toml = (ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml").read_text()
+    (folder / "fleet.toml").write_text(toml.replace("[[tasks]]", "[[tasks]]\nnum_output_tokens = [1, 2]"))
+    fleet = load_fleet(folder)
+    save_samples(folder / "profile.parquet", make_samples(), provenance())
+    given = read_given_rewards(ROOT / "artifacts" / "titan-rtx-opt" / "rewards.csv", fleet)
+    save_rewards(folder / "rewards.parquet", given, fleet, {})
+    return folder
+
+
+# What a client may ask for, and how the request ends.
+_ASKED = (
+    (b'{"model":"besteffort/copa","prompt":"a word or two"}', (), "ok"),
+    (b'{"model":"besteffort/piqa","prompt":"x","stream":true}', (), "ok"),
+    (b'{"model":"opt-22m","prompt":[1,2,3],"max_tokens":2}', (), "ok"),
+    (b'{"prompt":"x"}', (b"x-besteffort-deadline-ms-per-token: 0.0001",), "ok"),
+    (b'{"model":"besteffort/openbookqa","prompt":"refuse"}', (), "refused"),
+)
+
+
+def test_a_log_that_a_router_wrote_is_replayed_and_trained_from(
+    quick_fleet_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet, logs = load_fleet(quick_fleet_dir), quick_fleet_dir / "decisions"
+    policy = quick_fleet_dir / "given.safetensors"
+    save_preferring(policy, fleet, 1)
+    num_sent = _written_by_a_router(quick_fleet_dir, policy, logs)
+    rows = pq.ParquetDataset(logs).read().to_pylist()
+    assert len(rows) == num_sent
+    assert len(list(logs.iterdir())) > 1
+    ends = Counter(row["outcome"] for row in rows)
+    assert ends == Counter(_ASKED[number % len(_ASKED)][2] for number in range(num_sent))
+
+    words = ["replay", str(logs), str(quick_fleet_dir), "--simulate", "--json", "--name", "again"]
+    app([*words, "--policy", str(policy)], standalone_mode=False)
+    replayed = json.loads(capsys.readouterr().out)
+    assert (replayed["sent"], replayed["answered"]) == (num_sent, num_sent)
+
+    monkeypatch.setitem(dqn.RECIPES, "tiny", TINY)
+    train(quick_fleet_dir, recipe="tiny", traces=[logs], force=True, gate=BRIEF, progress=Silent())
+    facts = load_policy(quick_fleet_dir / "policy.safetensors", fleet).facts
+    assert facts["sha256"]["trace decisions"] == sha256(logs)
+    assert set(facts["evaluation_by_trace"]) == {"decisions"}
+
+
+def _written_by_a_router(fleet_dir: Path, policy: Path, logs: Path) -> int:
+    """Serve as many requests, for as long, as training on a trace takes at least; how many they were."""
+    played = RawEngine(lambda connection, number: _play(connection, played.requests[number]))
+    names = load_fleet(fleet_dir).model_names
+    engines = [word for name in names for word in ("--engine", f"{name}={played.url}")]
+    options = ("--policy", str(policy), "--decision-log", str(logs), "--decision-log-every-s", "0.5")
+    num_sent = 0
+    with serving(fleet_dir, *options, *engines) as (process, url, _), connect(url) as client:
+        assert get(client, b"/health") == 200  # from now on it serves
+        ends_at = time.monotonic() + 1.1 * MIN_LIVES * load_fleet(fleet_dir).request_life_s
+        while num_sent < MIN_NUM_REQUESTS or time.monotonic() < ends_at:
+            body, headers, end = _ASKED[num_sent % len(_ASKED)]
+            client.sendall(completion(body, *headers))
+            assert read_response(client)[0].status == (200 if end == "ok" else 400)
+            num_sent += 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    played.close()
+    return num_sent
+
+
+def _play(connection: socket.socket, request: bytes) -> None:
+    if request.startswith(b"GET"):
+        vllm_like(connection, 0)
+    elif b"refuse" in request:
+        connection.sendall(_REFUSAL)
+    elif b'"stream":true' in request:
+        head = _STREAM.replace(b"connection: close", b"transfer-encoding: chunked")
+        connection.sendall(head + b"%x\r\n%b\r\n" % (len(_EVENT), _EVENT) * 2 + b"0\r\n\r\n")
+    else:
+        answer(connection, 0)

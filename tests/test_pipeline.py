@@ -5,8 +5,10 @@ The stages share one fleet and one folder; a later test uses what an earlier one
 
 import contextlib
 import http.client
+import importlib.util
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -126,8 +128,10 @@ def _figure(url: str, name: str) -> float:
 
 
 @pytest.fixture
-def lone_fleet_dir(tmp_path: Path, tiny_engines: TinyEngines) -> Path:
+def lone_fleet_dir(tmp_path: Path) -> Path:
     """A fleet of the smallest model alone: it starts in half the time."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: run `make setup`")
     fleet_dir = tmp_path / "lone"
     fleet_dir.mkdir()
     toml = (ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml").read_text()
@@ -139,26 +143,68 @@ def lone_fleet_dir(tmp_path: Path, tiny_engines: TinyEngines) -> Path:
     return fleet_dir
 
 
-def _starting(fleet_dir: Path, port: int) -> subprocess.Popen[str]:
+def _serve(fleet_dir: Path, port: int) -> list[str]:
     words = ("serve", fleet_dir, "--policy", "random", "--port", port)
-    command = [sys.executable, "-m", "besteffort", *map(str, words)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return [sys.executable, "-m", "besteffort", *map(str, words)]
 
 
-def _descendants(process: subprocess.Popen[str], at_least: int) -> list[psutil.Process]:
-    wait_for(lambda: len(psutil.Process(process.pid).children(recursive=True)) >= at_least, 300)
-    return psutil.Process(process.pid).children(recursive=True)
+def _starting(fleet_dir: Path, port: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(_serve(fleet_dir, port), stderr=subprocess.PIPE, text=True)
 
 
-def test_serve_starts_its_engines_and_ctrl_c_ends_everything(lone_fleet_dir: Path) -> None:
+# The tether, the API server, its engine core and its resource tracker. From here on vLLM waits for the
+# core, and would outlive a SIGTERM.
+NUM_STARTING = 4
+
+
+def _descendants(pid: int, at_least: int) -> list[psutil.Process]:
+    wait_for(lambda: len(psutil.Process(pid).children(recursive=True)) >= at_least, 300)
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_serve_starts_its_engines_and_ctrl_c_or_sigterm_ends_everything(
+    lone_fleet_dir: Path, told: signal.Signals
+) -> None:
     port = free_port()
     with _starting(lone_fleet_dir, port) as process:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}"), timeout_s=180)
-        started = _descendants(process, 1)
-        process.send_signal(signal.SIGINT)
+        started = _descendants(process.pid, 1)
+        process.send_signal(told)
         assert process.wait(40) == 0
     gone, alive = psutil.wait_procs(started, timeout=5)
     assert gone
+    assert not alive
+
+
+def test_sigterm_while_vllm_starts_leaves_nothing_behind(lone_fleet_dir: Path) -> None:
+    with _starting(lone_fleet_dir, free_port()) as process:
+        started = _descendants(process.pid, NUM_STARTING)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "interrupted; what was started here has been stopped" in said
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
+
+
+def test_a_terminal_that_is_closed_while_vllm_starts_leaves_nothing_behind(lone_fleet_dir: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, _serve(lone_fleet_dir, free_port()))  # noqa: S606
+    os.set_blocking(terminal, False)
+
+    def is_shown_to_start() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65_536)  # or it would be full, and whoever draws on it stuck
+        return len(psutil.Process(pid).children(recursive=True)) >= NUM_STARTING
+
+    wait_for(is_shown_to_start, 300)
+    started = _descendants(pid, NUM_STARTING)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFEXITED(status), "it ended by itself, and not by the signal"
+    _, alive = psutil.wait_procs(started, timeout=5)
     assert not alive
 
 
@@ -180,7 +226,7 @@ def test_kill_9_of_serve_leaves_no_engine_behind(lone_fleet_dir: Path) -> None:
     port = free_port()
     with _starting(lone_fleet_dir, port) as process:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}"), timeout_s=180)
-        started = _descendants(process, 1)
+        started = _descendants(process.pid, 1)
         process.kill()
     _, alive = psutil.wait_procs(started, timeout=90)
     assert not alive
@@ -188,9 +234,7 @@ def test_kill_9_of_serve_leaves_no_engine_behind(lone_fleet_dir: Path) -> None:
 
 def test_kill_9_of_serve_while_vllm_starts_leaves_nothing_behind(lone_fleet_dir: Path) -> None:
     with _starting(lone_fleet_dir, free_port()) as process:
-        # The tether, the API server, its engine core and its resource tracker. From here on vLLM waits for
-        # the core, and would outlive a SIGTERM.
-        started = _descendants(process, 4)
+        started = _descendants(process.pid, NUM_STARTING)
         process.kill()
     _, alive = psutil.wait_procs(started, timeout=90)
     assert not alive

@@ -1,9 +1,14 @@
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from besteffort.arrivals import arrival_rates_per_s, recent_rates_per_s
 from besteffort.artifacts.policy_file import TrainedPolicy, load_policy, save_policy
@@ -71,6 +76,22 @@ def test_greedy_takes_the_best_model_that_makes_the_deadline_and_else_the_fastes
     assert greedy.choose(_seen(0, 20, task=1)) == 1  # and makes piqa's 80 ms
     hopeless = Greedy(latency, np.array([[0.8, 1.0]] * 2), _with_deadline(fleet, 5.0))
     assert hopeless.choose(_seen(0, 0)) == 0
+
+
+def test_greedy_goes_by_the_request_s_own_deadline_where_it_has_one(fleet: Fleet) -> None:
+    steps_ms = np.array([[10.0, 10.0], [30.0, 30.0]])
+    latency = Latency(np.array([1, 101]), steps_ms, np.zeros(2), np.zeros(2), np.ones((2, 4)))
+    greedy = Greedy(latency, np.array([[0.8, 1.0], [0.8, 1.0]]), fleet)
+    seen = _seen(0, 0)  # copa, which has 40 ms; the large model takes 28.5, with prefills in no time
+    chosen = [greedy.choose(replace(seen, deadline_ms_per_token=own)) for own in (None, 28.0, 29.0, 5.0)]
+    assert chosen == [1, 0, 1, 0]
+
+
+def test_what_was_learned_or_tuned_for_a_task_s_deadline_knows_no_other(fleet: Fleet) -> None:
+    network = learned(_trained(fleet, [0.1, 0.7]), "trained")
+    thresholds = Thresholds(ThresholdTable(np.array([5.0]), np.array([[[9.0], [9.0]]]), num_smoothed=8))
+    strict = replace(_seen(0, 0), deadline_ms_per_token=1e-6)
+    assert [policy.choose(strict) for policy in (network, thresholds)] == [1, 1]
 
 
 def _with_deadline(fleet: Fleet, deadline_ms_per_token: float) -> Fleet:
@@ -170,6 +191,67 @@ def test_a_policy_whose_network_does_not_fit_the_fleet_is_refused(fleet: Fleet, 
     save_policy(path, _trained(fleet, [0.0, 1.0, 2.0]), fleet)
     with pytest.raises(PolicyError, match="maps 5 inputs to 3 models"):
         _named(str(path), fleet)
+
+
+def _resaved(path: Path, changed: dict[str, NDArray[Any] | None]) -> None:
+    """The file with other tensors; None: without this one."""
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()} | changed  # noqa: SIM118
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"layers.0.bias": None}, r"the tensor layers\.0\.bias is missing"),
+        ({"layers.0.weight": None}, r"the tensor layers\.0\.weight is missing"),
+        ({"layers.1.weight": None}, r"the tensor layers\.1\.bias is no part of a network of 1 layers"),
+        ({"layers.2.weight": np.zeros((2, 2))}, r"layers\.2\.weight is of F64, not F32"),
+        ({"layers.2.weight": np.zeros((2, 2), np.float32)}, r"the tensor layers\.2\.bias is missing"),
+        ({"layers.2.bias": np.zeros(2, np.float32)}, r"layers\.2\.bias is no part of a network of 2 layers"),
+        ({"odd": np.zeros(2, np.float32)}, "the tensor odd is no part of a network of 2 layers"),
+        ({"layers.0.weight": np.zeros((5, 4), np.float16)}, r"layers\.0\.weight is of F16, not F32"),
+        ({"layers.1.bias": np.zeros(2, np.int64)}, r"layers\.1\.bias is of I64, not F32"),
+        ({"layers.1.weight": np.full((4, 2), np.nan, np.float32)}, r"layers\.1\.weight holds what is no num"),
+        ({"layers.0.weight": np.zeros(5, np.float32)}, r"layers\.0\.weight is of shape \(5,\).*\(any, any\)"),
+        ({"layers.0.bias": np.zeros(3, np.float32)}, r"layers\.0\.bias is of shape \(3,\).*\(4\)"),
+        ({"layers.0.bias": np.zeros((4, 1), np.float32)}, r"layers\.0\.bias is of shape \(4, 1\)"),
+        ({"layers.1.weight": np.zeros((3, 2), np.float32)}, r"layers\.1\.weight is of shape.*\(4, any\)"),
+        ({"layers.1.bias": np.zeros((), np.float32)}, r"layers\.1\.bias is of shape \(\)"),
+    ],
+)
+def test_a_policy_with_a_tensor_that_does_not_fit_is_refused_by_that_tensor_s_name(
+    fleet: Fleet, tmp_path: Path, changed: dict[str, NDArray[Any] | None], told: str
+) -> None:
+    path = tmp_path / "policy.safetensors"
+    sizes = ((5, 4), (4, 2))
+    network = QNetwork(
+        tuple(np.zeros(size, np.float32) for size in sizes),
+        tuple(np.zeros(size[1], np.float32) for size in sizes),
+    )
+    save_policy(path, TrainedPolicy(network, Encoding(2, 2, 8.0, 10.0), {}), fleet)
+    load_policy(path, fleet)
+    _resaved(path, changed)
+    with pytest.raises(
+        PolicyError, match=rf"policy\.safetensors: damaged: .*{told}.*; train it for this fleet"
+    ):
+        load_policy(path, fleet)
+
+
+def test_a_policy_of_numbers_that_numpy_does_not_know_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    save_policy(path, _trained(fleet, [0.0, 1.0]), fleet)
+    size, head = int.from_bytes((data := path.read_bytes())[:8], "little"), data[8:]
+    about = json.loads(head[:size])
+    for name, tensor in about.items():
+        if name != "__metadata__":
+            tensor["dtype"] = "BF16"
+            tensor["shape"][-1] *= 2
+    written = json.dumps(about).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + head[size:])
+    with pytest.raises(PolicyError, match="is of BF16, not F32"):
+        load_policy(path, fleet)
 
 
 @pytest.mark.parametrize("bias", [np.nan, np.inf])

@@ -12,11 +12,12 @@ import pytest
 from besteffort.engines.child import free_port
 from besteffort.engines.running import Engine
 from besteffort.fleet import Fleet
-from besteffort.policies import RoundRobin
+from besteffort.policies import RoundRobin, SlackFit
 from besteffort.router import Dispatcher
 from besteffort.router.addressing import Addresses, UnknownAddressError, model_ids
 from tests.fake_engine import FakeEngine, serving, wait_for
 from tests.routing import routing
+from tests.test_thresholds import constant_latency
 
 
 @dataclass
@@ -233,6 +234,14 @@ def test_a_deadline_of_the_request_s_own_goes_before_the_task_s(served: Served) 
     assert headers["x-besteffort-deadline-ms-per-token"] == "0.001"
     wait_for(lambda: 'besteffort_deadlines_total{met="no",model="large",task="copa"} 1.0' in served.metrics())
     assert 'besteffort_deadlines_total{met="yes",model="large",task="copa"} 1.0' in served.metrics()
+
+
+def test_a_policy_that_predicts_goes_by_the_request_s_own_deadline(served: Served, fleet: Fleet) -> None:
+    served.dispatcher.put_in_charge(SlackFit(constant_latency(), fleet))  # 9.5 and 28.5 ms a token
+    body, own = {"prompt": "x", "max_tokens": 1}, ("40", "20")
+    asked = [served.post(body, {"x-besteffort-deadline-ms-per-token": deadline}) for deadline in own]
+    assert [headers["x-besteffort-model"] for _, headers, _ in asked] == ["large", "small"]
+    assert served.post(body)[1]["x-besteffort-model"] == "large"  # copa has 40 ms
 
 
 @pytest.mark.parametrize("given", ["", "0", "-1", "nan", "inf", "1e9", "40 ms", "4_0x"])

@@ -1,5 +1,6 @@
 """`besteffort serve` as a process, in front of an engine that is only played."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,13 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from besteffort.engines.child import free_port
 from besteffort.fleet import load_fleet
 from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
-from tests.processes import children_of
+from tests.processes import alive, children_of
 from tests.routing import completion, read_all, read_response
 from tests.test_reload import save_preferring
 
@@ -161,6 +164,41 @@ def test_hung_up_it_reads_its_policy_anew_and_keeps_the_old_one_if_that_is_bad(f
             assert get(client, b"/health") == 200
 
 
+def test_a_router_that_nobody_listens_to_any_more_takes_another_policy_and_ends_in_order(
+    fleet_dir: Path,
+) -> None:
+    path = fleet_dir / "policy.safetensors"
+    save_preferring(path, load_fleet(fleet_dir), 0)
+    loads = b'besteffort_policy_loads_total{outcome="%b"} 1.0'
+    with serving(fleet_dir, "--policy", str(path)) as (process, url, _), connect(url) as client:
+        assert get(client, b"/health") == 200  # it listens to signals by now
+        assert process.stderr is not None
+        process.stderr.close()
+        for outcome in (b"ok", b"failed"):
+            process.send_signal(signal.SIGHUP)
+            wait_for(lambda: loads % outcome in metrics(client))  # noqa: B023
+            path.write_bytes(b"nonsense")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_a_router_without_standard_error_serves_and_ends_in_order(fleet_dir: Path, engine: RawEngine) -> None:
+    port = free_port()
+    words = ("serve", str(fleet_dir), "--policy", "random", "--port", str(port))
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "besteffort", *words]
+    with subprocess.Popen(command) as process:
+        wait_for(lambda: len(engine.requests) == 2 or process.poll() is not None, 30)
+        with connect(f"http://127.0.0.1:{port}") as client:
+            assert get(client, b"/health") == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def metrics(client: socket.socket) -> bytes:
+    client.sendall(b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n")
+    return read_response(client)[1]
+
+
 def test_hung_up_while_its_engines_start_it_reads_its_policy_anew_once_it_serves(
     fleet_dir: Path, engine: RawEngine
 ) -> None:
@@ -216,6 +254,87 @@ def test_it_ends_when_the_terminal_that_it_was_started_on_is_closed(fleet_dir: P
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.WIFEXITED(status), "it ended by itself, and not by the signal"
+
+
+# What `serve` takes for vLLM: an API server and, in a session of its own and deaf to SIGTERM, its core.
+FAKE_VLLM = """
+import os, subprocess, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+core = subprocess.Popen([sys.executable, "-c", DEAF], start_new_session=True)
+if "NEVER_READY" in os.environ:
+    time.sleep(600)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data":[{"id":"served"}]}')
+
+    do_POST = do_GET
+
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path) -> str:
+    """A folder for PYTHONPATH, before the one with the real one."""
+    package = tmp_path / "fake" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(FAKE_VLLM)
+    (tmp_path / "fleet.toml").write_text(
+        """
+        schema_version = 1
+        name = "two"
+        models = [{ name = "small", path = "small" }, { name = "large", path = "large" }]
+        tasks = [{ name = "copa", deadline_ms_per_token = 40, lm_eval_task = "copa" }]
+        """
+    )
+    return f"{tmp_path / 'fake'}:{ROOT}"
+
+
+@pytest.mark.parametrize("serves", [True, False], ids=["while it serves", "while they start"])
+@pytest.mark.parametrize(
+    "signal_", [signal.SIGTERM, signal.SIGINT, None], ids=["SIGTERM", "Ctrl-C", "terminal"]
+)
+def test_however_it_is_told_to_end_nothing_is_left_of_the_servers_that_it_started(
+    tmp_path: Path, fake_vllm: str, signal_: signal.Signals | None, serves: bool
+) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [sys.executable, "-m", "besteffort", "serve", str(tmp_path), "--policy", "random"]
+        env = {**os.environ, "PYTHONPATH": fake_vllm} | ({} if serves else {"NEVER_READY": "1"})
+        os.execve(sys.executable, [*command, "--port", "0"], env)  # noqa: S606
+    os.set_blocking(terminal, False)
+    said = bytearray()
+
+    def heard() -> bytearray:
+        with contextlib.suppress(OSError):  # there is nothing, or nobody any more
+            said.extend(os.read(terminal, 65_536))  # or it would be full, and whoever draws on it stuck
+        return said
+
+    def started() -> list[psutil.Process]:
+        return psutil.Process(pid).children(recursive=True)
+
+    wait_for(lambda: heard() and len(started()) == 6, 60)  # two servers, each with its tether and its core
+    wait_for(lambda: b"(Ctrl-C ends it)" in heard() or not serves, 60)
+    processes = started()
+    if signal_ is None:
+        os.close(terminal)
+        wait_for(lambda: not alive(pid), 60)
+    else:
+        os.kill(pid, signal_)
+        wait_for(lambda: heard() and not alive(pid), 60)
+        os.close(terminal)
+    assert os.WIFEXITED(os.waitpid(pid, 0)[1]), "it ended by itself, and not by the signal"
+    assert not psutil.wait_procs(processes, timeout=5)[1]
 
 
 def test_metrics_and_administration_have_the_port_that_is_said(fleet_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import socket
 import ssl
 import subprocess
@@ -314,14 +315,63 @@ _WORDS = st.sampled_from(
 )
 
 
+def _admin(body: bytes) -> bytes:
+    posted = completion(body, b"authorization: Bearer admin")
+    return posted.replace(b"/v1/completions", b"/admin/policy", 1)
+
+
+# Whole requests and how they are answered: some at once, some when an engine or a thread is done.
+_WHOLE = {
+    _GET + b"\r\n": 200,
+    completion(_BODY): 200,
+    completion(_CHUNKS, b"transfer-encoding: chunked"): 200,
+    completion(b"[]"): 400,
+    _admin(b'{"policy":"random"}'): 200,
+    _admin(b'{"policy":"unheard-of"}'): 400,
+}
+_LAST = completion(_BODY, b"connection: close")
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(parts=st.lists(st.one_of(_WORDS, st.binary(max_size=40)), max_size=25))
-def test_no_bytes_make_it_fail_or_hang(plain: Door, parts: list[bytes]) -> None:
-    received = plain.exchange(b"".join(parts), half_close=True)
-    received = received.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
-    found = statuses(received)
+@given(
+    whole=st.lists(st.sampled_from(sorted(_WHOLE)), max_size=4),
+    parts=st.lists(st.one_of(_WORDS, st.binary(max_size=40)), max_size=25),
+)
+def test_no_bytes_make_it_fail_or_hang_and_whole_requests_before_them_have_whole_answers(
+    plain: Door, whole: list[bytes], parts: list[bytes]
+) -> None:
+    """The client closes its side only when those are there; without bytes after them the router closes."""
+    wanted = [_WHOLE[request] for request in whole] + ([] if parts else [200])
+    with plain.connect() as client:
+        client.sendall(b"".join([*whole, *(parts or [_LAST])]))
+        answers, after = read_answers(client, len(wanted))
+        if parts:
+            client.shutdown(socket.SHUT_WR)
+        after += read_all(client)
+    assert [status for status, _ in answers] == wanted
+    assert all(json.loads(body) for _, body in answers)
+    found = statuses(after.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b""))
+    assert bool(found) <= bool(parts)
+    # 501 and 505 are the client's fault; every other one would be the router's, for the engine is well.
     assert all(status < 500 or status in (501, 505) for status in found), found
     plain.settled()
+
+
+def read_answers(client: socket.socket, number: int) -> tuple[list[tuple[int, bytes]], bytes]:
+    """So many whole ones, and what came with the last; each must have a length."""
+    found: list[tuple[int, bytes]] = []
+    data = b""
+    while len(found) < number:
+        head, end, rest = data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        if end and length is not None and len(rest) >= int(length[1]):
+            found.append((int(head[9:12]), rest[: int(length[1])]))
+            data = rest[int(length[1]) :]
+            continue
+        part = client.recv(65_536)
+        assert part, f"closed after {len(found)} of {number} answers and {data!r}"
+        data += part
+    return found, data
 
 
 def test_a_client_is_told_to_go_on_before_it_sends_its_body(plain: Door) -> None:

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from besteffort.engines.child import Child, free_port
 from besteffort.engines.running import Engine, wait_until_healthy
 from besteffort.engines.supervisor import Supervisor
@@ -89,6 +91,52 @@ def test_a_start_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     supervisor.look(3.0)
     wait_for(lambda: log.read_text() == "up\n")
     child.stop()
+
+
+class Speechless(Silent):
+    def say(self, line: str) -> None:
+        raise OSError("nobody listens")
+
+
+def test_what_it_cannot_say_keeps_it_from_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    children = [Child(name, _LIVES, tmp_path / name, {}) for name in ("first", "second")]
+    pids = [child.pid for child in children]
+    supervisor = Supervisor(Speechless())
+    supervisor.start(children)
+    for child in children:
+        kill_command(child)
+    wait_for(lambda: all(child.pid != pid for child, pid in zip(children, pids, strict=True)))
+    supervisor.rest()
+    assert not any(map(dead, children))
+    assert "first could not be looked after" in caplog.text
+    assert "nobody listens" in caplog.text
+    for child in children:
+        child.stop()
+
+
+def test_a_fault_with_one_server_is_logged_and_tried_again_and_the_next_is_looked_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    children = [Child(name, _DIES, tmp_path / name, {}) for name in ("first", "second")]
+    supervisor = Supervisor(Silent())
+    supervisor.take(children, 0.0)
+    wait_for(lambda: all(map(dead, children)))
+    supervisor.look(0.0)
+    start_again = children[0].start_again
+
+    def fail() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(children[0], "start_again", fail)
+    supervisor.look(1.0)
+    wait_for(lambda: (tmp_path / "second").read_text() == "up\n" * 2)
+    assert "first could not be looked after" in caplog.text
+    monkeypatch.setattr(children[0], "start_again", start_again)
+    supervisor.look(1.0)  # it counts as another death of it
+    supervisor.look(3.0)
+    wait_for(lambda: (tmp_path / "first").read_text() == "up\n" * 2)
+    for child in children:
+        child.stop()
 
 
 def test_at_rest_it_starts_nobody_and_what_it_started_goes_with_the_rest(tmp_path: Path) -> None:

@@ -55,6 +55,13 @@ def test_slackfit_takes_the_largest_model_that_makes_the_deadline_and_else_the_f
     assert SlackFit(constant_latency(), _with_deadline(fleet, 5.0)).choose(_seen(0, 0)) == 0
 
 
+def test_slackfit_goes_by_the_request_s_own_deadline_where_it_has_one(fleet: Fleet) -> None:
+    slackfit = SlackFit(constant_latency(), fleet)
+    seen = _seen(0, 0)  # copa, which has 40 ms; the large model takes 28.5, with prefills in no time
+    chosen = [slackfit.choose(replace(seen, deadline_ms_per_token=own)) for own in (None, 28.0, 29.0, 5.0)]
+    assert chosen == [1, 0, 1, 0]
+
+
 def test_slackfit_asks_for_no_rewards_and_greedy_does(fleet: Fleet) -> None:
     # For equal worth greedy prefers neither; slackfit always the larger.
     slackfit = SlackFit(constant_latency(), fleet)

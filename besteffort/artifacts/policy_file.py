@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -88,23 +89,47 @@ def _read(path: Path, mend: str) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if metadata.get("kind") != "besteffort policy":
+                raise PolicyError(f"{path}: a safetensors file, but not a policy of besteffort; {mend}")
+            for name in file.keys():  # noqa: SIM118
+                dtype = file.get_slice(name).get_dtype()
+                if dtype != "F32":  # of which numpy may know nothing
+                    raise PolicyError(f"{path}: damaged: {name} is of {dtype}, not F32 (float32); {mend}")
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise PolicyError(f"{path}: not a safetensors file ({error}); {mend}") from None
-    if metadata.get("kind") != "besteffort policy":
-        raise PolicyError(f"{path}: a safetensors file, but not a policy of besteffort; {mend}")
-    return metadata, tensors
 
 
 def _network(tensors: Mapping[str, Any]) -> QNetwork:
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
+    """Raises ValueError: a tensor is missing, too many, or does not fit."""
+    num_layers = max(1, sum(name.endswith(".weight") for name in tensors))
+    pairs = [(f"layers.{layer}.weight", f"layers.{layer}.bias") for layer in range(num_layers)]
+    names = [name for pair in pairs for name in pair]
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"the tensor {name} is missing")
+    for name in tensors:
+        if name not in names:
+            raise ValueError(f"the tensor {name} is no part of a network of {num_layers} layers")
+        if not np.isfinite(tensors[name]).all():
             raise ValueError(f"{name} holds what is no number")
-    num_layers = len(tensors) // 2
+    num_given = None  # by the layer before
+    for weight, bias in pairs:
+        _check_shape(weight, tensors[weight], (num_given, None))
+        num_given = tensors[weight].shape[1]
+        _check_shape(bias, tensors[bias], (num_given,))
     return QNetwork(
-        weights=tuple(tensors[f"layers.{layer}.weight"] for layer in range(num_layers)),
-        biases=tuple(tensors[f"layers.{layer}.bias"] for layer in range(num_layers)),
+        weights=tuple(tensors[weight] for weight, _ in pairs),
+        biases=tuple(tensors[bias] for _, bias in pairs),
     )
+
+
+def _check_shape(name: str, tensor: NDArray[Any], wanted: tuple[int | None, ...]) -> None:
+    """None: any size."""
+    found = [None if size is None else given for given, size in zip(tensor.shape, wanted, strict=False)]
+    if tensor.ndim != len(wanted) or found != list(wanted):
+        shape = ", ".join("any" if size is None else str(size) for size in wanted)
+        raise ValueError(f"{name} is of shape {tensor.shape}, and here only ({shape}) would fit")
 
 
 def _check_contract(path: Path, trained_for: Mapping[str, Any], needed: Mapping[str, Any], mend: str) -> None:

@@ -1,8 +1,10 @@
 """The command line: parses, draws progress, prints errors; all else is in the library."""
 
 import io
+import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -41,6 +43,8 @@ def main() -> None:
     """The entry point: one clear line for what can be explained, and its exit status."""
     # As Ctrl-C does, so that every `finally` runs and no server is left behind.
     signal.signal(signal.SIGTERM, _interrupt)
+    # Python has none where it was closed before.
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "≥" is no reason to fail

@@ -1,9 +1,11 @@
 """Progress on standard error, drawn with Rich: bars on a terminal, a line a stage in a log."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,9 +17,47 @@ from besteffort.progress import Bar
 _LOG_EVERY_S = 15.0
 
 
+class _Lossy:
+    """A stream that drops what cannot be written, so that nothing ends because of what it says.
+
+    Rich would end the process, or the thread, when nobody reads a pipe any more.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except BrokenPipeError:
+            self._turn_away()
+        except (OSError, ValueError):  # ValueError: it is closed
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._turn_away()
+        except (OSError, ValueError):
+            pass
+
+    def _turn_away(self) -> None:
+        """Nobody will read again; what still lies in the stream would fail once more at the process's end."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
 class ConsoleProgress:
     def __init__(self) -> None:
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        file = cast(IO[str], _Lossy(sys.stderr))
+        self._console = Console(file=file, highlight=False, soft_wrap=True)
 
     def say(self, line: str) -> None:
         self._console.print(line, markup=False)

@@ -15,6 +15,7 @@ STOP_TIMEOUT_S = 15.0
 _TETHER_TIMEOUT_S = 10.0  # to see to the rest when that is over
 _POLL_S = 0.05
 NUM_LOG_LINES = 25
+_NOT_TOLD = ("BESTEFFORT_API_KEY", "BESTEFFORT_ADMIN_API_KEY")  # the router's keys, which no engine needs
 
 
 class Child:
@@ -36,6 +37,7 @@ class Child:
 
     def _start(self) -> subprocess.Popen[bytes]:
         tether = [sys.executable, "-m", "besteffort.engines.tether", str(os.getpid()), str(STOP_TIMEOUT_S)]
+        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_TOLD}
         with self.log.open("ab") as output:
             # A session of its own: a Ctrl-C in the terminal reaches us alone, and we end it in order.
             return subprocess.Popen(
@@ -43,7 +45,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._env},
+                env={**inherited, **self._env},
                 start_new_session=True,
             )
 

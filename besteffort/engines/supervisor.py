@@ -1,5 +1,6 @@
 """Starts servers anew that die, so that nobody has to get up at night."""
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 
 from besteffort.engines.child import Child
 from besteffort.progress import Progress
+
+log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.5
 _FIRST_WAIT_S = 1.0
@@ -51,11 +54,17 @@ class Supervisor:
     def look(self, now_at: float) -> None:
         """Go round once; `now_at` is in seconds, by any clock that goes on steadily."""
         for ward in self._wards:
-            if ward.start_at is None:
-                self._examine(ward, now_at)
-            elif ward.start_at <= now_at:
-                ward.started_at, ward.start_at = now_at, None
-                self._start(ward.child)
+            try:
+                self._look_after(ward, now_at)
+            except Exception:  # the others are looked after all the same, and this one the next time
+                log.exception("%s could not be looked after", ward.child.title)
+
+    def _look_after(self, ward: _Ward, now_at: float) -> None:
+        if ward.start_at is None:
+            self._examine(ward, now_at)
+        elif ward.start_at <= now_at:
+            ward.started_at, ward.start_at = now_at, None
+            self._start(ward.child)
 
     def _start(self, child: Child) -> None:
         """A machine that is out of memory or processes counts as another death of it."""

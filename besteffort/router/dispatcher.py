@@ -91,10 +91,13 @@ class Dispatcher:
         finally:
             self.end(route)
 
-    def begin(self, task: int, pinned: int | None = None) -> Route:
+    def begin(
+        self, task: int, pinned: int | None = None, deadline_ms_per_token: float | None = None
+    ) -> Route:
         """Decide for a request that arrives now, and count it in flight until it is given to `end`.
 
-        `pinned` is a model that the client insists on; its request counts all the same.
+        `pinned` is a model that the client insists on; its request counts all the same. Without a deadline
+        it has its task's.
 
         Raises:
             NoReplicaError: every replica is out, or every one of the pinned model.
@@ -103,7 +106,7 @@ class Dispatcher:
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
         self._arrivals.append(arrived_at)
         if pinned is None:
-            seen = self._observe(task, arrived_at)
+            seen = self._observe(task, arrived_at, deadline_ms_per_token)
             chosen = self.policy.choose(seen)
             if self.keeps_decisions:
                 self.decision = self._decision(seen, chosen)
@@ -150,7 +153,7 @@ class Dispatcher:
         q_values = policy.q_values.copy() if isinstance(policy, HasQValues) else None
         return Decision(seen, chosen, policy.name, q_values)
 
-    def _observe(self, task: int, arrived_at: float) -> Observation:
+    def _observe(self, task: int, arrived_at: float, deadline_ms_per_token: float | None) -> Observation:
         loads = self._loads
         return Observation(
             task,
@@ -159,6 +162,7 @@ class Dispatcher:
             arrived_at,
             loads.neighbours(),
             loads.closed,
+            deadline_ms_per_token,
         )
 
     def _send(self, task: int, chosen: int, arrived_at: float, pinned: bool) -> Route:

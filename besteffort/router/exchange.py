@@ -77,8 +77,9 @@ class Exchange:
 
     def start(self) -> None:
         """Raises NoReplicaError."""
-        proxy = self._proxy
-        self._route = proxy.dispatcher.begin(self._asked.address.task, self._asked.address.pinned)
+        proxy, address = self._proxy, self._asked.address
+        deadline_ms_per_token = self._asked.deadline_ms_per_token
+        self._route = proxy.dispatcher.begin(address.task, address.pinned, deadline_ms_per_token)
         proxy.num_in_flight += 1
         try:
             if proxy.decision_log is not None:

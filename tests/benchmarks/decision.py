@@ -3,7 +3,8 @@
 `make bench-decision` runs it. A decision is all of `Dispatcher.begin`: from reading the clock at the arrival
 to having the replica, the request counted. It is taken in the form that `serve` uses, with garbage collection
 on and the body of a request read and written before each, so that caches are no warmer than there. All
-policies and sizes of the fleet `titan-rtx-opt` run side by side, in turns, and the median turn counts.
+policies and sizes of the fleet `titan-rtx-opt` run side by side, in turns, and the median turn counts. Beside
+how much longer a decision takes than in the smallest fleet is by how much the logarithm of the size grew.
 
 What the machine itself adds is in the row of a loop that does nothing. It adds less at real-time priority,
 which is taken for these seconds where the system allows it; `--usual-priority` leaves it as it is.
@@ -33,10 +34,10 @@ from besteffort.router.dispatcher import Route
 from tests.benchmarks.simulator import enlarged
 
 FLEET_DIR = Path(__file__).parents[2] / "artifacts" / "titan-rtx-opt"
-NUM_REPLICAS = (12, 120, 1200, 12_000)
+NUM_REPLICAS = (10, 12, 120, 1000, 1200, 12_000)
 IN_FLIGHT_PER_REPLICA = 2
 NUM_TURNS = 7
-DECISIONS_PER_TURN = 2000  # so many that the first ones, for which the caches are cold, are few
+NUM_DECISIONS = 2000  # a turn: so many that the first ones, for which the caches are cold, are few
 TRAINED, PAPER = "trained, default recipe", "trained, paper's 2 x 256"
 POLICIES = (TRAINED, PAPER, "thresholds", "greedy", "slackfit", "static:opt-6.7b")
 BODY = json.dumps({"model": "besteffort/copa", "prompt": "word " * 300, "max_tokens": 200, "stream": True})
@@ -90,10 +91,10 @@ class Case:
         number = IN_FLIGHT_PER_REPLICA * num_replicas
         self._running = [self._dispatcher.begin(0, next(pinned)) for _ in range(number)]
 
-    def turn(self) -> NDArray[np.float64]:
-        """Seconds that beginning, choosing and ending took, shape `(3, DECISIONS_PER_TURN)`."""
+    def turn(self, num_decisions: int) -> NDArray[np.float64]:
+        """Seconds that beginning, choosing and ending took, shape `(3, num_decisions)`."""
         self._policy.took_s.clear()
-        ending = self._rng.integers(len(self._running), size=DECISIONS_PER_TURN).tolist()
+        ending = self._rng.integers(len(self._running), size=num_decisions).tolist()
         took = [self._replace(nth, task % self._num_tasks) for task, nth in enumerate(ending)]
         begins, ends = zip(*took, strict=True)
         return np.array([begins, self._policy.took_s, ends])
@@ -109,10 +110,10 @@ class Case:
         return begun_at - began_at, time.perf_counter() - ending_at
 
 
-def loop_turn() -> NDArray[np.float64]:
+def loop_turn(num_decisions: int) -> NDArray[np.float64]:
     """Seconds that a loop of about the same length took."""
-    took = np.zeros(DECISIONS_PER_TURN)
-    for nth in range(DECISIONS_PER_TURN):
+    took = np.zeros(num_decisions)
+    for nth in range(num_decisions):
         json.dumps(json.loads(BODY))
         began_at = time.perf_counter()
         for _ in range(700):
@@ -135,37 +136,62 @@ def take_priority(wanted: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--usual-priority", action="store_true")
-    priority = take_priority(not parser.parse_args().usual_priority)
-    turns, loops = measure(load_fleet(FLEET_DIR))
-    out = sys.stdout.write
-    out(f"Decisions by Dispatcher.begin, us, {priority}: medians of {NUM_TURNS} turns\n")
-    out("                                    decision       choice alone   end of a request   p50   log(n)\n")
-    out("policy                    replicas   p50    p99      p50    p99      p50    p99     vs 12   vs 12\n")
+    parser.add_argument("--short", action="store_true", help="two sizes, few decisions: figures of no worth")
+    options = parser.parse_args()
+    priority = take_priority(not options.usual_priority)
+    turns, loops = measure(SHORT if options.short else FULL)
+    sys.stdout.write(f"Decisions by Dispatcher.begin, us, {priority}: medians of {len(loops)} turns\n")
+    sys.stdout.write(table(turns, loops))
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured."""
+
+    num_replicas: tuple[int, ...]  # from the smallest fleet on
+    num_turns: int
+    num_decisions: int  # a turn
+
+
+FULL, SHORT = Extent(NUM_REPLICAS, NUM_TURNS, NUM_DECISIONS), Extent((10, 1000), 1, 20)
+Turns = dict[tuple[str, int], NDArray[np.float64]]  # by policy and size
+
+
+def measure(extent: Extent) -> tuple[Turns, NDArray[np.float64]]:
+    """Seconds, and those of the empty loop, shape `(turns, columns, decisions)`."""
+    fleet, number = load_fleet(FLEET_DIR), extent.num_decisions
+    keys = list(itertools.product(POLICIES, extent.num_replicas))
+    cases = {key: Case(fleet, *key) for key in keys}
+    turns = {key: np.zeros((extent.num_turns, 3, number)) for key in keys}
+    loops = np.zeros((extent.num_turns, 1, number))
+    for case in cases.values():  # the first warms up, and does not count
+        case.turn(number)
+    for turn in range(extent.num_turns):
+        loops[turn, 0] = loop_turn(number)
+        for key, case in cases.items():
+            turns[key][turn] = case.turn(number)
+    return turns, loops
+
+
+def table(turns: Turns, loops: NDArray[np.float64]) -> str:
+    smallest = min(number for _, number in turns)
+    against = f"vs {smallest}"
+    lines = [
+        "                                    decision       choice alone   end of a request   p50   log(n)",
+        "policy                    replicas   p50    p99      p50    p99      p50    p99   "
+        f"{against:>7} {against:>7}",
+    ]
     for (name, number), times in turns.items():
         (begin, begin99), (choice, choice99), (end, end99) = median_us(times)
-        growth = begin / median_us(turns[name, NUM_REPLICAS[0]])[0][0]
-        log_growth = np.log(number) / np.log(NUM_REPLICAS[0])
-        out(
+        growth = begin / median_us(turns[name, smallest])[0][0]
+        log_growth = np.log(number) / np.log(smallest)
+        lines.append(
             f"{name:24}  {number:8,}  {begin:5.1f}  {begin99:5.1f}    {choice:5.1f}  {choice99:5.1f}    "
-            f"{end:5.1f}  {end99:5.1f}     {growth:5.2f}   {log_growth:5.2f}\n"
+            f"{end:5.1f}  {end99:5.1f}     {growth:5.2f}   {log_growth:5.2f}"
         )
     loop, loop99 = median_us(loops)[0]
-    out(f"{'(an empty loop)':24}            {loop:5.1f}  {loop99:5.1f}\n")
-
-
-def measure(fleet: Fleet) -> tuple[dict[tuple[str, int], NDArray[np.float64]], NDArray[np.float64]]:
-    """Seconds by policy and size, and those of the empty loop, shape `(turns, columns, decisions)`."""
-    keys = list(itertools.product(POLICIES, NUM_REPLICAS))
-    cases = {key: Case(fleet, *key) for key in keys}
-    turns = {key: np.zeros((NUM_TURNS, 3, DECISIONS_PER_TURN)) for key in keys}
-    loops = np.zeros((NUM_TURNS, 1, DECISIONS_PER_TURN))
-    for case in cases.values():  # the first warms up, and does not count
-        case.turn()
-    for turn in range(NUM_TURNS):
-        loops[turn, 0] = loop_turn()
-        for key, case in cases.items():
-            turns[key][turn] = case.turn()
-    return turns, loops
+    lines.append(f"{'(an empty loop)':24}            {loop:5.1f}  {loop99:5.1f}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def median_us(times: NDArray[np.float64]) -> list[tuple[float, float]]:

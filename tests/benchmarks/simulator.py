@@ -29,11 +29,17 @@ MAX_BATCH_SIZES = (40.0, 7.0)  # thresholds of the middle and the largest model
 
 
 def enlarged(fleet: Fleet, num_replicas: int) -> Fleet:
-    """The same models and tasks with about as many replicas as wanted, as many GPUs, as much traffic."""
-    replicas = round(num_replicas / len(fleet.models))
-    models = tuple(model.model_copy(update={"replicas": replicas}) for model in fleet.models)
+    """The same models and tasks with as many replicas as wanted, and GPUs and traffic for these.
+
+    Where they cannot be dealt out evenly, the smaller models have one more.
+    """
+    each, over = divmod(num_replicas, len(fleet.models))
+    models = tuple(
+        model.model_copy(update={"replicas": each + (nth < over)}) for nth, model in enumerate(fleet.models)
+    )
     scale = fleet.rate_scale * num_replicas / 12
-    return fleet.model_copy(update={"models": models, "num_gpus": replicas, "rate_scale": scale})
+    num_gpus = models[0].replicas
+    return fleet.model_copy(update={"models": models, "num_gpus": num_gpus, "rate_scale": scale})
 
 
 def trials_of(fleet: Fleet, latency: Latency, rewards: Rewards) -> tuple[ThresholdTrials, np.ndarray]:
