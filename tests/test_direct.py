@@ -18,13 +18,14 @@ from besteffort.direct import (
     direct_encoding_for,
     network_of_curves,
 )
-from besteffort.direct.curves import KNOTS_PER_S, log_rate
+from besteffort.direct.curves import KNOTS_PER_S, NEVER, levels_of_table, log_rate
 from besteffort.direct.objective import Objective, draw_groups
 from besteffort.environment import Service
 from besteffort.errors import PolicyError
 from besteffort.policies import learned
 from besteffort.progress import Silent
 from besteffort.simulator import simulate
+from besteffort.thresholds import ThresholdTable
 from besteffort.training.checkpoint import Checkpoint
 from besteffort.training.trace_parts import TrainingTrace
 from besteffort.training.workloads import TrainingWorkloads
@@ -151,6 +152,33 @@ def test_a_training_is_never_worse_than_its_first_evaluation(num_models: int) ->
     training = train_tiny(with_models(make_service(), num_models))
     assert training.best_evaluation.performance >= training.curve[0].performance > 0
     assert training.iteration == TINY.num_passes * (len(KNOTS_PER_S) + 2)
+
+
+def test_tuned_thresholds_are_read_at_each_knot() -> None:
+    sizes = np.array([[[3.0], [-1.0]], [[7.0], [0.0]]])  # two tasks, two bands
+    edge_per_s = 0.5 * 9.0
+    levels = levels_of_table(ThresholdTable(np.array([edge_per_s]), sizes), 0.5)
+    calm = np.array(KNOTS_PER_S) < 9.0
+    np.testing.assert_array_equal(levels[calm], np.broadcast_to([[2.0], [3.0]], levels[calm].shape))
+    np.testing.assert_array_equal(levels[~calm], np.broadcast_to([[NEVER], [0.0]], levels[~calm].shape))
+
+
+def test_tuned_thresholds_are_where_a_search_begins_if_they_are_better() -> None:
+    """A search that hardly moves ends where it began."""
+    service = make_service()
+    seats = np.array([float(model.max_num_seqs) for model in service.fleet.models[1:]])
+    table = ThresholdTable(np.empty(0), np.full((len(service.fleet.tasks), 1, len(seats)), 2.0))
+    recipe = replace(TINY, first_step=1e-6, last_step=1e-6, with_check=False)
+    trainer = DirectTrainer(service, recipe, 0, tuned=table)
+    trainer.training.curves = drawn_curves(service, 4)
+    while trainer.training.iteration < 3:  # what is not a knot comes first
+        trainer.step()
+    before = trainer.training.curves
+    knot = len(KNOTS_PER_S) - 1
+    tuned = before.with_piece(knot, levels_of_table(table, service.fleet.rate_scale)[knot].ravel())
+    objective = trainer._searched
+    found = objective.worth(trainer.training.curves)
+    assert found >= objective.worth(tuned.clipped(seats)) - 1e-3
 
 
 def test_the_number_of_threads_does_not_change_the_result() -> None:

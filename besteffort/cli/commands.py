@@ -434,6 +434,9 @@ def paper(
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help="With --train, instead of train's own default.")
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="With --train, of the three trainings.")
+    ] = None,
     docs: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Also write DIR/paper.md and its plots.")
     ] = None,
@@ -448,10 +451,10 @@ def paper(
     from besteffort.errors import UsageError
     from besteffort.stages.paper import run_paper, train_paper
 
-    if (recipe is not None and not train) or (train and docs is not None):
-        raise UsageError("--recipe goes only with --train, and --docs only without it")
+    if (not train and (recipe is not None or seed is not None)) or (train and docs is not None):
+        raise UsageError("--recipe and --seed go only with --train, and --docs only without it")
     if train:
-        written = train_paper(fleet_dir, recipe=recipe, progress=ConsoleProgress())
+        written = train_paper(fleet_dir, recipe=recipe, seed=seed or 0, progress=ConsoleProgress())
         print_where({f"Policy {path.stem}": path for path in written})
         return
     written = run_paper(fleet_dir, docs_dir=docs, progress=ConsoleProgress())

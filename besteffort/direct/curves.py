@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from besteffort.thresholds import ThresholdTable
+
 # The paper's requests per second, times the fleet's `rate_scale`: close where queues begin to build up.
 KNOTS_PER_S = (0.6, 2.1, 3.5, 5.0, 7.0, 10.0, 14.0, 19.0, 25.0, 32.0, 40.0, 48.0)
 # Below which the search begins to call a fleet calm, by the long look and by the short one.
@@ -105,6 +107,12 @@ class ThresholdCurves:
         levels = self.bin_levels
         sizes = np.where(levels < 0, -1.0, np.exp2(levels) - 1.0)
         return np.ascontiguousarray(sizes.reshape(len(levels) * levels.shape[1], levels.shape[2]))
+
+
+def levels_of_table(table: ThresholdTable, rate_scale: float) -> Levels:
+    """What tuned thresholds say at each knot, `(K, T, M - 1)`."""
+    sizes = np.moveaxis(table.max_batch_size[:, table.bands(np.array(KNOTS_PER_S) * rate_scale)], 1, 0)
+    return np.where(sizes < 0, NEVER, np.log2(1.0 + np.maximum(sizes, 0.0)))
 
 
 def _bin_edges() -> NDArray[np.float64]:

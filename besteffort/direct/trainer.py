@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from besteffort.arrivals import arrival_rates_per_s, recent_rates_per_s
-from besteffort.direct.curves import KNOTS_PER_S, Levels, ThresholdCurves
+from besteffort.direct.curves import KNOTS_PER_S, Levels, ThresholdCurves, levels_of_table
 from besteffort.direct.network import direct_encoding_for, network_of_curves
 from besteffort.direct.objective import Objective, draw_groups
 from besteffort.direct.recipe import DirectRecipe
@@ -20,6 +20,7 @@ from besteffort.progress import Bar, Progress
 from besteffort.q_network import QNetwork
 from besteffort.request import Requests
 from besteffort.simulator import Branching, Routing
+from besteffort.thresholds import ThresholdTable
 from besteffort.training.checkpoint import Checkpoint
 from besteffort.training.state import Training
 from besteffort.training.torch_network import network_of, tensors_of
@@ -50,12 +51,14 @@ class DirectTrainer:
         seed: int,
         *,
         init: tuple[ThresholdCurves, FleetEncoding] | None = None,
+        tuned: ThresholdTable | None = None,
         checkpoint: Checkpoint | None = None,
         workloads: TrainingWorkloads | None = None,
     ) -> None:
         self._service, self._recipe, self._seed, self._checkpoint = service, recipe, seed, checkpoint
         self._workloads = workloads or TrainingWorkloads(service.fleet)
         self._init = init is not None
+        self._tuned = None if tuned is None else levels_of_table(tuned, service.fleet.rate_scale)
         self._encoding = init[1] if init else direct_encoding_for(service.fleet)
         self._caps = np.array([float(model.max_num_seqs) for model in service.fleet.models[1:]])
         start = init[0] if init else ThresholdCurves.starting_from(self._flat(), self._caps)
@@ -156,7 +159,10 @@ class DirectTrainer:
         def worth(point: NDArray[np.float64]) -> float:
             return self._searched.worth(curves.with_piece(piece, point).clipped(self._caps))
 
-        start = max(curves.alternatives(piece), key=worth)
+        starts = curves.alternatives(piece)
+        if self._tuned is not None and piece < len(KNOTS_PER_S):
+            starts.append(self._tuned[piece].ravel())
+        start = max(starts, key=worth)
         rng = np.random.default_rng([self._seed, 3, training.iteration])
         point, reached = settle(worth, start, recipe.num_generations, rng, step=step)
         found = curves.with_piece(piece, point).clipped(self._caps)

@@ -14,6 +14,7 @@ from besteffort.artifacts.files import provenance, write_atomically
 from besteffort.artifacts.policy_file import TrainedPolicy, save_policy
 from besteffort.artifacts.profile_file import load_latency
 from besteffort.artifacts.rewards_file import load_rewards
+from besteffort.artifacts.thresholds_file import load_thresholds
 from besteffort.direct import DirectRecipe, DirectTrainer, DirectTraining, curves_of_policy
 from besteffort.dqn import Trainer
 from besteffort.environment import Service
@@ -25,6 +26,7 @@ from besteffort.policies import learned, load_named_policy
 from besteffort.progress import Progress
 from besteffort.stages.staleness import warn_if_stale
 from besteffort.stages.training_setup import Setup
+from besteffort.thresholds import ThresholdTable
 from besteffort.trace import load_trace
 from besteffort.training.checkpoint import Checkpoint
 from besteffort.training.curve import plot_curve
@@ -81,10 +83,11 @@ def train(
     start = load_start(init, fleet) if init else None
     _check_writable(output)
     _check_writable(kept_at)
-    identity = setup.identity()
+    tuned = _tuned(setup, fleet)
+    identity = setup.identity(tuned=tuned is not None)
     checkpoint = Checkpoint(kept_at, identity)
     with _saying_how_to_go_on(checkpoint, progress):
-        training = _run(service, setup, start, workloads, checkpoint, progress)
+        training = _run(service, setup, start, tuned, workloads, checkpoint, progress)
         policy = TrainedPolicy(training.best, training.encoding, {})
         rows = _compare(policy, service, setup, workloads, output.stem, gate, progress)
     if show:
@@ -122,6 +125,18 @@ def _load_traces(paths: Sequence[Path], fleet: Fleet) -> tuple[TrainingTrace, ..
     return tuple(TrainingTrace.of(path.stem, load_trace(path, fleet), fleet) for path in paths)
 
 
+def _tuned(setup: Setup, fleet: Fleet) -> ThresholdTable | None:
+    """Thresholds for this very fleet, profile and rewards, if there are any and the recipe looks at them."""
+    if not isinstance(setup.chosen, DirectRecipe):
+        return None
+    try:
+        return load_thresholds(
+            setup.thresholds_path, fleet, profile=setup.profile_path, rewards=setup.rewards_path
+        )
+    except InputError:
+        return None
+
+
 def _with_margin(fleet: Fleet, deadline_margin: float) -> Fleet:
     """The same fleet with every deadline that much earlier."""
     tasks = tuple(
@@ -137,13 +152,14 @@ def _run(
     service: Service,
     setup: Setup,
     start: TrainedPolicy | None,
+    tuned: ThresholdTable | None,
     workloads: TrainingWorkloads,
     checkpoint: Checkpoint,
     progress: Progress,
 ) -> AnyTraining:
     stricter = _with_margin(service.fleet, setup.deadline_margin)
     trainer = _trainer(
-        replace(service, fleet=stricter), setup, start, replace(workloads, fleet=stricter), checkpoint
+        replace(service, fleet=stricter), setup, start, tuned, replace(workloads, fleet=stricter), checkpoint
     )
     if trainer.resumed:
         progress.say(f"going on from iteration {trainer.training.iteration} of {checkpoint.path}")
@@ -166,13 +182,16 @@ def _trainer(
     service: Service,
     setup: Setup,
     start: TrainedPolicy | None,
+    tuned: ThresholdTable | None,
     workloads: TrainingWorkloads,
     checkpoint: Checkpoint,
 ) -> Trainer | AdvantageTrainer | DirectTrainer:
     recipe, seed = setup.chosen, setup.seed
     if isinstance(recipe, DirectRecipe):
         curves = curves_of_policy(start) if start else None
-        return DirectTrainer(service, recipe, seed, init=curves, checkpoint=checkpoint, workloads=workloads)
+        return DirectTrainer(
+            service, recipe, seed, init=curves, tuned=tuned, checkpoint=checkpoint, workloads=workloads
+        )
     if isinstance(recipe, AdvantageRecipe):
         seeing_more = reading_the_fleets_state(start) if start else None
         return AdvantageTrainer(

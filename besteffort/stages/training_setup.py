@@ -39,6 +39,11 @@ class Setup:
         return self.rewards or self.fleet_dir / "rewards.parquet"
 
     @property
+    def thresholds_path(self) -> Path:
+        """Where `tune` puts them, if it was run on this profile."""
+        return self.profile_path.with_name("thresholds.parquet")
+
+    @property
     def chosen(self) -> AnyRecipe:
         """The recipe, made shorter if there is a policy to start from.
 
@@ -51,8 +56,11 @@ class Setup:
         recipe = recipes[self.recipe]
         return recipe.for_fine_tuning() if self.init else recipe
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint and a policy say of it; where all of this is the same, so is the result."""
+    def identity(self, *, tuned: bool = False) -> dict[str, Any]:
+        """What a checkpoint and a policy say of it; where all of this is the same, so is the result.
+
+        `tuned`: it goes by tuned thresholds as well.
+        """
         files = {
             "fleet": self.fleet_dir / "fleet.toml",
             "profile": self.profile_path,
@@ -60,6 +68,8 @@ class Setup:
         }
         if self.init:
             files["init"] = self.init
+        if tuned:
+            files["thresholds"] = self.thresholds_path
         hashes = {what: sha256(path) for what, path in files.items()}
         return {
             "besteffort": __version__,
