@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from besteffort.artifacts.files import sha256
 from besteffort.artifacts.policy_file import TrainedPolicy, load_policy, save_policy
 from besteffort.direct import (
     DirectRecipe,
@@ -25,11 +26,13 @@ from besteffort.errors import PolicyError
 from besteffort.policies import learned
 from besteffort.progress import Silent
 from besteffort.simulator import simulate
+from besteffort.stages.training_setup import Setup
 from besteffort.thresholds import ThresholdTable
 from besteffort.training.checkpoint import Checkpoint
 from besteffort.training.trace_parts import TrainingTrace
 from besteffort.training.workloads import TrainingWorkloads
 from besteffort.workload import stable, unpredictable_2
+from tests.conftest import ROOT
 from tests.test_advantages import drawn_network, make_service
 from tests.test_dqn import StopsAt
 
@@ -179,6 +182,12 @@ def test_tuned_thresholds_are_where_a_search_begins_if_they_are_better() -> None
     objective = trainer._searched
     found = objective.worth(trainer.training.curves)
     assert found >= objective.worth(tuned.clipped(seats)) - 1e-3
+
+
+def test_a_training_that_goes_by_tuned_thresholds_is_another_one() -> None:
+    setup = Setup(ROOT / "artifacts" / "titan-rtx-opt")
+    assert "thresholds" not in setup.identity()["sha256"]
+    assert setup.identity(tuned=True)["sha256"]["thresholds"] == sha256(setup.thresholds_path)
 
 
 def test_the_number_of_threads_does_not_change_the_result() -> None:

@@ -46,6 +46,7 @@ from besteffort.stages.paper import run_paper
 from besteffort.thresholds import ThresholdTable
 from besteffort.workload import stable, unpredictable_1
 from tests.conftest import ROOT
+from tests.test_cli import refused
 
 TITAN = ROOT / "artifacts" / "titan-rtx-opt"
 SMALL = Effort(
@@ -324,3 +325,7 @@ def test_a_policy_that_is_missing_is_told_by_its_path(tmp_path: Path, titan: Ser
     (tmp_path / "policies" / "soft.safetensors").unlink()
     with pytest.raises(PolicyError, match=r"soft\.safetensors"):
         run_paper(tmp_path, progress=Silent())
+
+
+def test_what_goes_only_with_a_training_is_refused_without_one() -> None:
+    refused("paper", TITAN, "--seed", 1, saying="--recipe and --seed go only with --train")

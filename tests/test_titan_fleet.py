@@ -52,8 +52,10 @@ def test_opt_6_7b_holds_098_up_to_2_per_second_and_falls_sharply_beyond(seed: in
         assert static(LARGE, rate_per_s, seed) >= 0.99
     assert static(LARGE, 3, seed) < 0.9
     assert static(LARGE, 4, seed) < 0.5
+    assert static(LARGE, 5, seed) < 0.3
     assert static(LARGE, 6, seed) < 0.2
-    assert static(LARGE, 8, seed) < 0.15
+    # The first 32 of its 320 requests find a seat, and are in time whatever comes after them.
+    assert static(LARGE, 8, seed) < 0.11
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -92,7 +94,7 @@ def test_mixing_models_on_each_gpu_beats_every_static_one(rate_per_s: float, at_
     [
         (unpredictable_1, MEDIUM, 120, 250),  # the paper: 154
         (unpredictable_2, MEDIUM, 120, 250),  # 168
-        (unpredictable_1, LARGE, 300, 2000),  # 625, in a single trace; docs/titan-rtx-opt.md
+        (unpredictable_1, LARGE, 500, 2000),  # 625, in a single trace; docs/titan-rtx-opt.md
     ],
 )
 def test_windows_of_the_static_baselines_are_of_the_paper_s_order(
