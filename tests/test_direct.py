@@ -166,22 +166,30 @@ def test_tuned_thresholds_are_read_at_each_knot() -> None:
     np.testing.assert_array_equal(levels[~calm], np.broadcast_to([[NEVER], [0.0]], levels[~calm].shape))
 
 
-def test_tuned_thresholds_are_where_a_search_begins_if_they_are_better() -> None:
-    """A search that hardly moves ends where it began."""
+def test_a_search_begins_with_tuned_thresholds() -> None:
+    """One that hardly moves ends where it began."""
     service = make_service()
-    seats = np.array([float(model.max_num_seqs) for model in service.fleet.models[1:]])
-    table = ThresholdTable(np.empty(0), np.full((len(service.fleet.tasks), 1, len(seats)), 2.0))
-    recipe = replace(TINY, first_step=1e-6, last_step=1e-6, with_check=False)
-    trainer = DirectTrainer(service, recipe, 0, tuned=table)
-    trainer.training.curves = drawn_curves(service, 4)
-    while trainer.training.iteration < 3:  # what is not a knot comes first
+    num_tasks, num_others = len(service.fleet.tasks), len(service.fleet.models) - 1
+    table = ThresholdTable(np.empty(0), np.full((num_tasks, 1, num_others), 2.0))
+    recipe = replace(TINY, first_step=1e-6, last_step=1e-6)
+    training = DirectTrainer(service, recipe, 0, tuned=table).run(Silent())
+    expected = np.broadcast_to(np.log2(3.0), training.curves.levels.shape)
+    np.testing.assert_allclose(training.curves.levels, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("with_mean", [True, False])
+def test_the_policy_is_the_mean_of_all_passes_but_the_first(with_mean: bool) -> None:
+    recipe, num_pieces = replace(TINY, num_passes=3, with_mean=with_mean), len(KNOTS_PER_S) + 2
+    trainer, ends = DirectTrainer(make_service(), recipe, 0), []
+    while trainer.training.iteration < recipe.num_passes * num_pieces:
         trainer.step()
-    before = trainer.training.curves
-    knot = len(KNOTS_PER_S) - 1
-    tuned = before.with_piece(knot, levels_of_table(table, service.fleet.rate_scale)[knot].ravel())
-    objective = trainer._searched
-    found = objective.worth(trainer.training.curves)
-    assert found >= objective.worth(tuned.clipped(seats)) - 1e-3
+        if trainer.training.iteration % num_pieces == 0:
+            ends.append(trainer.training.curves)
+    assert not np.array_equal(ends[1].levels, ends[2].levels)
+    share = 0.5 if with_mean else 1.0
+    for name in ("levels", "calm_levels", "calm_below", "highest"):
+        expected = (1 - share) * getattr(ends[1], name) + share * getattr(ends[2], name)
+        np.testing.assert_allclose(getattr(trainer.training.mean, name), expected)
 
 
 def test_a_training_that_goes_by_tuned_thresholds_is_another_one() -> None:

@@ -5,7 +5,7 @@ in the logarithms of rate and batch size. While the fleet is calm, by a long loo
 task has a threshold of its own instead: to wait and see costs nothing then.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,14 @@ class ThresholdCurves:
             calm_levels=np.clip(self.calm_levels, NEVER, largest),
             highest=highest,
         )
+
+    def towards(self, other: "ThresholdCurves", share: float) -> "ThresholdCurves":
+        """So far on the way to others; `1 / n` adds an `n`th one to a mean."""
+        parts = (
+            (1.0 - share) * getattr(self, part.name) + share * getattr(other, part.name)
+            for part in fields(self)
+        )
+        return ThresholdCurves(*parts)
 
     def bins(
         self, log_rates: NDArray[np.float64], looks: tuple[NDArray[np.float64], NDArray[np.float64]]

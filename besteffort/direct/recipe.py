@@ -9,8 +9,9 @@ from besteffort.training.recipe import BaseRecipe
 class DirectRecipe(BaseRecipe):
     """Everything that is free in the search."""
 
-    num_passes: int = 2
-    """over all knots and the calm fleet's thresholds, each piece searched while the others stay"""
+    num_passes: int = 3
+    """over all knots and the calm fleet's thresholds, each piece searched while the others stay, each pass on
+    other workloads"""
     num_fine_tuning_passes: int = 2
     """instead, for a training that starts from a policy"""
     num_generations_alone: int = 40
@@ -41,6 +42,8 @@ class DirectRecipe(BaseRecipe):
     """a highest batch size for each model, whatever the rate"""
     with_check: bool = True
     """what a search finds is kept only if it is better on other workloads too"""
+    with_mean: bool = True
+    """the policy is the mean of what the passes from the second on have come to"""
     num_threads: int = 2
     """that simulate; the result does not depend on it"""
 

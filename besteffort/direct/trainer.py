@@ -1,8 +1,8 @@
-"""One training run: every knot alone, then all of them together, pass by pass."""
+"""One training run: tuned thresholds or every knot alone, then all of them together, pass by pass."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -31,14 +31,13 @@ from besteffort.tuning import Band, Effort, ThresholdService, tune_band
 # A knot alone is searched on steady rates from here below it to here above it: rates are misjudged.
 RATES_AROUND = (0.75, 1.35)
 
-_PARTS = ("levels", "calm_levels", "calm_below", "highest")
-
 
 @dataclass
 class DirectTraining(Training[FleetEncoding]):
     """An iteration is the search of one piece of the curves."""
 
     curves: ThresholdCurves = field(kw_only=True)  # as far as they are found
+    mean: ThresholdCurves = field(kw_only=True)  # of the passes so far, but for the first
 
 
 class DirectTrainer:
@@ -62,7 +61,7 @@ class DirectTrainer:
         self._encoding = init[1] if init else direct_encoding_for(service.fleet)
         self._caps = np.array([float(model.max_num_seqs) for model in service.fleet.models[1:]])
         start = init[0] if init else ThresholdCurves.starting_from(self._flat(), self._caps)
-        self.training = DirectTraining(self._encoding, self._network(start), curves=start)
+        self.training = DirectTraining(self._encoding, self._network(start), curves=start, mean=start)
         self.resumed = self._restore()
         chosen_on = [trace.chosen_on for trace in self._workloads.traces]
         rng = np.random.default_rng([EVALUATION_SEED, 1])
@@ -74,27 +73,19 @@ class DirectTrainer:
             recipe.num_threads,
             rng,
         )
-        self._searched, self._checked = (
-            Objective(
-                draw_groups(self._workloads, recipe, np.random.default_rng([seed, 2, nth])),
-                service,
-                self._encoding,
-                recipe.num_threads,
-            )
-            for nth in range(2)
-        )
+        self._nth_pass = -1  # whose workloads are drawn
 
     def run(self, progress: Progress) -> DirectTraining:
         training, recipe = self.training, self._recipe
         began_at = time.monotonic() - training.wall_s
         num_pieces = recipe.num_passes * len(self._pieces)
-        num_alone = 0 if self._init else len(KNOTS_PER_S)
+        num_alone = 0 if self._init or self._tuned is not None else len(KNOTS_PER_S)
         with progress.bar("train", num_alone + num_pieces) as bar:
             if not training.curve:
-                bar.describe("each knot alone" if num_alone else "the policy that is given")
+                bar.describe("each knot alone" if num_alone else "what it begins with")
                 if not self._init:
-                    training.curves = self._alone(bar)
-                self._evaluate()
+                    training.curves = self._beginning(bar)
+                self._evaluate(training.curves)
                 training.wall_s = time.monotonic() - began_at
                 self.save()
             else:
@@ -115,11 +106,12 @@ class DirectTrainer:
         first = [num_knots + 1] * recipe.with_highest + [num_knots] * recipe.with_calm
         return [*first, *reversed(range(num_knots))]
 
-    @property
-    def _curves(self) -> ThresholdCurves:
-        return self.training.curves
+    def _beginning(self, bar: Bar) -> ThresholdCurves:
+        levels = self._alone(bar) if self._tuned is None else self._tuned
+        curves = ThresholdCurves.starting_from(levels, self._caps).clipped(self._caps)
+        return curves if self._recipe.with_calm else curves.without_calm()
 
-    def _alone(self, bar: Bar) -> ThresholdCurves:
+    def _alone(self, bar: Bar) -> Levels:
         """Each knot on steady workloads near it, whatever the others are."""
         fleet, likely = self._service.fleet, self._likely()
         of_fleet = ThresholdService(fleet, self._service.latency, self._service.values)
@@ -137,8 +129,7 @@ class DirectTrainer:
             for of_knot in pool.map(one, range(len(KNOTS_PER_S))):
                 levels.append(of_knot)
                 bar.advance()
-        curves = ThresholdCurves.starting_from(np.stack(levels), self._caps).clipped(self._caps)
-        return curves if self._recipe.with_calm else curves.without_calm()
+        return np.stack(levels)
 
     def _likely(self) -> Levels:
         """Of a good part of the largest batch with which a model makes the deadline alone, `(T, M - 1)`."""
@@ -150,19 +141,17 @@ class DirectTrainer:
 
     def step(self) -> float:
         """Search one piece. It draws from its own seed, so that a continued training is the same training."""
-        training, recipe, curves = self.training, self._recipe, self._curves
+        training, recipe, curves = self.training, self._recipe, self.training.curves
         nth_pass, nth_piece = divmod(training.iteration, len(self._pieces))
         piece = self._pieces[nth_piece]
         share = nth_pass / max(1, recipe.num_passes - 1)
         step = recipe.first_step + share * (recipe.last_step - recipe.first_step)
+        self._draw(nth_pass)
 
         def worth(point: NDArray[np.float64]) -> float:
             return self._searched.worth(curves.with_piece(piece, point).clipped(self._caps))
 
-        starts = curves.alternatives(piece)
-        if self._tuned is not None and piece < len(KNOTS_PER_S):
-            starts.append(self._tuned[piece].ravel())
-        start = max(starts, key=worth)
+        start = max(curves.alternatives(piece), key=worth)
         rng = np.random.default_rng([self._seed, 3, training.iteration])
         point, reached = settle(worth, start, recipe.num_generations, rng, step=step)
         found = curves.with_piece(piece, point).clipped(self._caps)
@@ -170,12 +159,34 @@ class DirectTrainer:
         if not recipe.with_check or self._checked.worth(found) > self._checked.worth(curves):
             training.curves = found
         training.iteration += 1
-        if training.iteration % len(self._pieces) == 0:
-            self._evaluate()
+        if nth_piece == len(self._pieces) - 1:
+            self._end_pass(nth_pass)
         return reached
 
-    def _evaluate(self) -> None:
-        network = self._network(self._curves)
+    def _draw(self, nth_pass: int) -> None:
+        """Each pass has workloads of its own: what one owes to them the next one does not."""
+        if nth_pass == self._nth_pass:
+            return
+        self._nth_pass = nth_pass
+        rngs = [np.random.default_rng([self._seed, 2, nth, nth_pass]) for nth in range(2)]
+        self._searched, self._checked = (
+            Objective(
+                draw_groups(self._workloads, self._recipe, rng),
+                self._service,
+                self._encoding,
+                self._recipe.num_threads,
+            )
+            for rng in rngs
+        )
+
+    def _end_pass(self, nth_pass: int) -> None:
+        training = self.training
+        share = 1.0 / max(1, nth_pass) if self._recipe.with_mean else 1.0
+        training.mean = training.mean.towards(training.curves, share)
+        self._evaluate(training.mean)
+
+    def _evaluate(self, curves: ThresholdCurves) -> None:
+        network = self._network(curves)
         self.training.judge(network, self._evaluation.evaluate(network, self.training.iteration))
 
     def _network(self, curves: ThresholdCurves) -> QNetwork:
@@ -190,10 +201,12 @@ class DirectTrainer:
     def save(self) -> None:
         if self._checkpoint is None:
             return
-        curves, training = self._curves, self.training
-        tensors = tensors_of("best", training.best) | {
-            name: torch.from_numpy(np.ascontiguousarray(getattr(curves, name))) for name in _PARTS
-        }
+        training = self.training
+        tensors = tensors_of("best", training.best)
+        for name, curves in (("curves", training.curves), ("mean", training.mean)):
+            for part in fields(curves):
+                array = np.ascontiguousarray(getattr(curves, part.name))
+                tensors[f"{name}.{part.name}"] = torch.from_numpy(array)
         self._checkpoint.save(tensors, training.to_facts())
 
     def _restore(self) -> bool:
@@ -201,8 +214,13 @@ class DirectTrainer:
         if kept is None:
             return False
         tensors, facts = kept
+
+        def curves(name: str) -> ThresholdCurves:
+            parts = (tensors[f"{name}.{part.name}"].numpy() for part in fields(ThresholdCurves))
+            return ThresholdCurves(*parts)
+
         self.training.restore(facts, network_of("best", tensors))
-        self.training.curves = ThresholdCurves(*(tensors[name].numpy() for name in _PARTS))
+        self.training.curves, self.training.mean = curves("curves"), curves("mean")
         return True
 
 

@@ -29,21 +29,25 @@ from besteffort.observation import FleetEncoding
 from besteffort.progress import Silent
 from besteffort.request import Requests
 from besteffort.simulator import ThresholdTrials
-from besteffort.thresholds import smoothed_rates_per_s
+from besteffort.thresholds import ThresholdTable, smoothed_rates_per_s
 from besteffort.workload import stable, unpredictable_1, unpredictable_2
 
 FLEET_DIR = Path("artifacts/titan-rtx-opt")
 FIRST_SEED = 700_000  # nothing trains, tunes or is compared elsewhere by these and the next ones
 DEFAULT = DIRECT_RECIPES["default"]
 SMALL = replace(DEFAULT, num_passes=1, num_unpredictable=4)
+# A recipe, and whether tuned thresholds are what it begins with.
 VARIANTS = {
-    "the default recipe": DEFAULT,
-    "small: one pass, a third of the unpredictable workloads": SMALL,
-    "small, without thresholds of its own for a calm fleet": replace(SMALL, with_calm=False),
-    "small, without highest batch sizes": replace(SMALL, with_highest=False),
-    "small, without a check on other workloads": replace(SMALL, with_check=False),
-    "small, without unpredictable workloads": replace(SMALL, num_unpredictable=0),
-    "small, each knot alone, nothing together": replace(SMALL, num_passes=0),
+    "the default recipe, from tuned thresholds": (DEFAULT, True),
+    "without the mean of the passes": (replace(DEFAULT, with_mean=False), True),
+    "from nothing": (DEFAULT, False),
+    "small: one pass, a third of the unpredictable workloads": (SMALL, True),
+    "small, without thresholds of its own for a calm fleet": (replace(SMALL, with_calm=False), True),
+    "small, without highest batch sizes": (replace(SMALL, with_highest=False), True),
+    "small, without a check on other workloads": (replace(SMALL, with_check=False), True),
+    "small, without unpredictable workloads": (replace(SMALL, num_unpredictable=0), True),
+    "small, from nothing": (SMALL, False),
+    "each knot alone, nothing together": (replace(SMALL, num_passes=0), False),
 }
 COLUMNS = ("stable", "3/s", "48/s", "unpredictable 1", "unpredictable 2")
 
@@ -82,8 +86,7 @@ def by_network(policy: TrainedPolicy, service: Service) -> Callable[[Requests], 
 
 
 def by_thresholds(service: Service) -> Callable[[Requests], float]:
-    paths = {name: FLEET_DIR / f"{name}.parquet" for name in ("profile", "rewards")}
-    table = load_thresholds(FLEET_DIR / "thresholds.parquet", service.fleet, **paths)
+    table = _tuned(service)
 
     def serve(requests: Requests) -> float:
         rates = smoothed_rates_per_s(arrival_rates_per_s(requests.arrived_at), table.num_smoothed)
@@ -91,6 +94,11 @@ def by_thresholds(service: Service) -> Callable[[Requests], float]:
         return float(trials.worth(table.row_of(requests.task, rates)[None], table.rows)[0])
 
     return serve
+
+
+def _tuned(service: Service) -> ThresholdTable:
+    paths = {name: FLEET_DIR / f"{name}.parquet" for name in ("profile", "rewards")}
+    return load_thresholds(FLEET_DIR / "thresholds.parquet", service.fleet, **paths)
 
 
 def main() -> None:
@@ -110,14 +118,17 @@ def main() -> None:
     _write("tuned thresholds", [f"{against[column].mean():.4f}" for column in COLUMNS], "")
     if options.policies:
         _row("the policies given", [load_policy(path, fleet) for path in options.policies], held_out, against)
-    for name, recipe in VARIANTS.items():
+    for name, (recipe, from_tuned) in VARIANTS.items():
         if options.only in name:
-            policies = (_train(recipe, service, seed) for seed in range(options.seeds))
+            tuned = _tuned(service) if from_tuned else None
+            policies = (_train(recipe, service, seed, tuned) for seed in range(options.seeds))
             _row(name, policies, held_out, against)
 
 
-def _train(recipe: DirectRecipe, service: Service, seed: int) -> TrainedPolicy:
-    training = DirectTrainer(service, recipe, seed).run(Silent())
+def _train(
+    recipe: DirectRecipe, service: Service, seed: int, tuned: ThresholdTable | None
+) -> TrainedPolicy:
+    training = DirectTrainer(service, recipe, seed, tuned=tuned).run(Silent())
     return TrainedPolicy(training.best, training.encoding, {})
 
 
