@@ -125,9 +125,7 @@ def main() -> None:
             _row(name, policies, held_out, against)
 
 
-def _train(
-    recipe: DirectRecipe, service: Service, seed: int, tuned: ThresholdTable | None
-) -> TrainedPolicy:
+def _train(recipe: DirectRecipe, service: Service, seed: int, tuned: ThresholdTable | None) -> TrainedPolicy:
     training = DirectTrainer(service, recipe, seed, tuned=tuned).run(Silent())
     return TrainedPolicy(training.best, training.encoding, {})
 
