@@ -1,5 +1,6 @@
 """The body of a completion request: read as far as routing needs, all else untouched."""
 
+import itertools
 import json
 import re
 from typing import Any
@@ -11,7 +12,8 @@ _ENCODER = msgspec.json.Encoder()
 _LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')  # one prompt may be a list as well, of tokens
 _MAX_NUMBER = 2**31 - 1  # of tokens or answers
 _MAX_FIELDS = 1_000  # each costs some 200 bytes, and may be told in 8
-_MAX_NAME = 1_000  # bytes of JSON
+_MAX_SCALAR = 1_000  # bytes of JSON that a name or a number is read from
+_MUCH = 64 * 1024  # bytes: in more there may be so many parts that to make each an object holds up everyone
 _MAX_LENIENT = 256 * 1024  # bytes: what is read as Python would takes thirty times as much memory
 
 
@@ -29,7 +31,7 @@ class RequestBody:
         if not data.isascii():
             data.decode()  # raises ValueError where it is not UTF-8; its values stay parts of `data`
         try:
-            self._fields = _DECODER.decode(data)
+            self._fields = _DECODER.decode(data) if _has_few_fields(data) else _read_counting(data)
         except RecursionError:
             raise ValueError("nested too deep") from None
         except msgspec.DecodeError:
@@ -47,8 +49,8 @@ class RequestBody:
         if raw is None:
             return None
         value = memoryview(raw)
-        if len(value) > _MAX_NAME:
-            return str(value[:_MAX_NAME], errors="replace")
+        if len(value) > _MAX_SCALAR:
+            return str(value[:_MAX_SCALAR], errors="replace")
         return msgspec.json.decode(raw)
 
     @property
@@ -59,8 +61,8 @@ class RequestBody:
         if not isinstance(number, int) or number < 1:
             number = 1
         number = min(number, _MAX_NUMBER)
-        if prompt is not None and _LIST_OF_PROMPTS.match(prompt):
-            number *= len(_read(prompt, list[msgspec.Raw]) or (prompt,))
+        if prompt is not None and (begun := _LIST_OF_PROMPTS.match(prompt)):
+            number *= _num_prompts(prompt, are_tokens=begun[0].endswith(b"["))
         return number
 
     @property
@@ -92,12 +94,61 @@ class RequestBody:
         self._fields = {}
 
 
-def _read(raw: msgspec.Raw, kind: Any = Any) -> Any:
-    """None where it is nothing that JSON knows, such as NaN, half a surrogate, or too large a number."""
+def _read(raw: msgspec.Raw) -> Any:
+    """A number or a boolean. None where it is too long for one, or nothing that JSON knows: NaN, 1e400."""
+    if len(memoryview(raw)) > _MAX_SCALAR:
+        return None
     try:
-        return msgspec.json.decode(raw, type=kind)
+        return msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError):
         return None
+
+
+def _num_prompts(prompts: msgspec.Raw, *, are_tokens: bool) -> int:
+    """At least 1. Of a long list the brackets are counted, or the quotes that no backslash stands before: as
+    good as exact, and in a tenth of the time."""
+    text = bytes(prompts)
+    if len(text) > _MUCH:
+        number = text.count(b"[") - 1 if are_tokens else (text.count(b'"') - text.count(b'\\"')) // 2
+        return max(1, number)
+    try:
+        return max(1, len(msgspec.json.decode(text, type=list[msgspec.Raw])))
+    except (msgspec.DecodeError, RecursionError):
+        return 1
+
+
+def _has_few_fields(data: bytes) -> bool:
+    """Told without reading it; what is not known to have few may have them all the same."""
+    return len(data) <= _MUCH or data.count(b":") <= _MAX_FIELDS
+
+
+class _Name(str):
+    """Of a field, that somebody counts."""
+
+    __slots__ = ()
+
+
+class _TooManyError(Exception):
+    """No ValueError, which msgspec would take for its own."""
+
+
+def _read_counting(data: bytes) -> dict[str, msgspec.Raw]:
+    """As the decoder does, but it ends at the first field that is too many: millions would take seconds.
+
+    Raises msgspec.DecodeError, or ValueError.
+    """
+    numbers = itertools.count(1)
+
+    def name(kind: type, text: str) -> _Name:
+        if next(numbers) > _MAX_FIELDS:
+            raise _TooManyError
+        return _Name(text)
+
+    try:
+        fields = msgspec.json.decode(data, type=dict[_Name, msgspec.Raw], dec_hook=name)
+    except _TooManyError:
+        raise ValueError("too many fields") from None
+    return {str(key): value for key, value in fields.items()}
 
 
 def _read_leniently(data: bytes) -> dict[str, msgspec.Raw]:
