@@ -1,7 +1,6 @@
 """`besteffort serve` as a process, in front of an engine that is only played."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import pty
@@ -25,7 +24,7 @@ from besteffort.engines.child import free_port
 from besteffort.fleet import load_fleet
 from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
-from tests.processes import alive, children_of
+from tests.processes import alive
 from tests.routing import completion, read_all, read_response
 from tests.test_reload import save_preferring
 
@@ -489,27 +488,3 @@ def run(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **env}
     )
-
-
-@pytest.mark.vllm
-def test_a_vllm_server_that_is_killed_is_started_again_and_answers_again(tmp_path: Path) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: run `make setup`")
-    shipped = (ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml").read_text()
-    top, smallest, *_ = shipped.split("[[models]]")
-    task = shipped.partition("[[tasks]]")
-    (tmp_path / "fleet.toml").write_text(f"{top}[[models]]{smallest}{''.join(task[1:])}")
-    with serving(tmp_path) as (process, url, _), connect(url) as client:
-        client.settimeout(120)
-        (tether,) = children_of(process.pid)
-        (server,) = children_of(tether)
-        os.kill(server, signal.SIGKILL)
-        wait_for(lambda: status_of(client, b"{}") in (502, 503))
-        assert process.stderr is not None
-        assert "died with exit status -9 and is started again" in process.stderr.readline()
-        wait_for(lambda: status_of(client, b'{"prompt":"a","max_tokens":2}') == 200, 300.0)
-
-
-def status_of(client: socket.socket, body: bytes) -> int:
-    client.sendall(completion(body))
-    return read_response(client)[0].status
