@@ -1,20 +1,17 @@
 """The body of a completion request: read as far as routing needs, all else untouched."""
 
-import itertools
-import json
 import re
 from typing import Any
 
 import msgspec
 
-_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+from besteffort.router.fields import read_fields
+
 _ENCODER = msgspec.json.Encoder()
 _LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')  # one prompt may be a list as well, of tokens
 _MAX_NUMBER = 2**31 - 1  # of tokens or answers
-_MAX_FIELDS = 1_000  # each costs some 200 bytes, and may be told in 8
 _MAX_SCALAR = 1_000  # bytes of JSON that a name or a number is read from
-_MUCH = 64 * 1024  # bytes: in more there may be so many parts that to make each an object holds up everyone
-_MAX_LENIENT = 256 * 1024  # bytes: what is read as Python would takes thirty times as much memory
+_MUCH = 64 * 1024  # bytes: in more there may be so many prompts that to make each an object holds up everyone
 
 
 class RequestBody:
@@ -30,14 +27,7 @@ class RequestBody:
         """
         if not data.isascii():
             data.decode()  # raises ValueError where it is not UTF-8; its values stay parts of `data`
-        try:
-            self._fields = _DECODER.decode(data) if _has_few_fields(data) else _read_counting(data)
-        except RecursionError:
-            raise ValueError("nested too deep") from None
-        except msgspec.DecodeError:
-            self._fields = _read_leniently(data)
-        if len(self._fields) > _MAX_FIELDS:
-            raise ValueError("too many fields")
+        self._fields = read_fields(data)
 
     @property
     def model(self) -> Any:
@@ -115,54 +105,3 @@ def _num_prompts(prompts: msgspec.Raw, *, are_tokens: bool) -> int:
         return max(1, len(msgspec.json.decode(text, type=list[msgspec.Raw])))
     except (msgspec.DecodeError, RecursionError):
         return 1
-
-
-def _has_few_fields(data: bytes) -> bool:
-    """Told without reading it; what is not known to have few may have them all the same."""
-    return len(data) <= _MUCH or data.count(b":") <= _MAX_FIELDS
-
-
-class _Name(str):
-    """Of a field, that somebody counts."""
-
-    __slots__ = ()
-
-
-class _TooManyError(Exception):
-    """No ValueError, which msgspec would take for its own."""
-
-
-def _read_counting(data: bytes) -> dict[str, msgspec.Raw]:
-    """As the decoder does, but it ends at the first field that is too many: millions would take seconds.
-
-    Raises msgspec.DecodeError, or ValueError.
-    """
-    numbers = itertools.count(1)
-
-    def name(kind: type, text: str) -> _Name:
-        if next(numbers) > _MAX_FIELDS:
-            raise _TooManyError
-        return _Name(text)
-
-    try:
-        fields = msgspec.json.decode(data, type=dict[_Name, msgspec.Raw], dec_hook=name)
-    except _TooManyError:
-        raise ValueError("too many fields") from None
-    return {str(key): value for key, value in fields.items()}
-
-
-def _read_leniently(data: bytes) -> dict[str, msgspec.Raw]:
-    """NaN, infinities and the like are not JSON, but Python clients write them and vLLM reads them."""
-    if len(data) > _MAX_LENIENT:
-        raise ValueError("not JSON, and too long to be read otherwise")
-    try:
-        value = json.loads(data.decode())
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        fields = {key: msgspec.Raw(json.dumps(part).encode()) for key, part in value.items()}
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    "".join(value).encode()  # raises ValueError where a key is nothing that can be sent on
-    if isinstance(value.get("model"), float):  # perhaps NaN
-        raise ValueError("a number as its model")
-    return fields
