@@ -79,12 +79,12 @@ def serving(tiny_engines: TinyEngines, policy: str = "round-robin") -> Iterator[
 
 
 def answers(url: str) -> bool:
-    """Whether a router listens there; its engines may still be starting."""
+    """Whether a router serves there; while its engines start it says 503."""
     try:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             client.models.list()
         return True
-    except openai.APIConnectionError:
+    except (openai.APIConnectionError, openai.InternalServerError):
         return False
 
 

@@ -202,13 +202,19 @@ class Moody:
 
     answer: Callable[[socket.socket], None]
     says: Callable[[socket.socket], None] = lambda connection: connection.sendall(_WELL)
+    makes_token: Callable[[socket.socket], None] | None = None  # None: as any answer
     engine: Any = None
     num_probes: int = field(default=0)
+    num_tokens: int = field(default=0)  # that the router asked for
 
     def __call__(self, connection: socket.socket, number: int) -> None:
-        if self.engine.requests[number].startswith(b"GET /health "):
+        request = self.engine.requests[number]
+        if request.startswith(b"GET /health "):
             self.num_probes += 1
             self.says(connection)
+        elif b'"prompt": [100]' in request:
+            self.num_tokens += 1
+            (self.makes_token or self.answer)(connection)
         else:
             self.answer(connection)
 
@@ -320,16 +326,40 @@ def test_an_engine_that_is_well_by_its_own_account_but_hangs_is_tried_with_one_r
         assert metric(one, name) == 3
 
 
-def test_plain_answers_that_take_too_long_leave_an_engine_in_service_that_is_well(fleet: Fleet) -> None:
-    script = Moody(answer=says_nothing)
+def test_plain_answers_that_take_too_long_leave_an_engine_in_service_that_makes_tokens(fleet: Fleet) -> None:
+    script = Moody(answer=says_nothing, makes_token=lambda connection: connection.sendall(_GOOD))
     asked = 'besteffort_probes_total{model="large",outcome="ok",replica="0"}'
     with moody(fleet, script, first_byte_s=0.2) as one:
-        for number in range(1, 6):
+        for num_late, num_tokens in enumerate((0, 0, 1, 1, 1, 2), start=1):
             assert one.ask(_LARGE)[0].status == 504
-            wait_for(lambda: metric(one, asked) == number)  # noqa: B023
+            wait_for(lambda: metric(one, asked) == num_late + num_tokens)  # noqa: B023
+            assert (script.num_probes, script.num_tokens) == (num_late, num_tokens)
         assert health(one)[1]["status"] == "ok"
         assert metric(one, 'besteffort_breaker_openings_total{model="large",replica="0"}') == 0
         script.answer = lambda connection: connection.sendall(_GOOD)
+        assert one.ask(_LARGE)[0].status == 200
+
+
+@pytest.mark.parametrize("limit", ["first_byte_s", "total_s"])
+def test_an_engine_that_is_well_by_its_own_account_but_answers_nothing_is_out_until_it_makes_a_token(
+    fleet: Fleet, limit: str
+) -> None:
+    script = Moody(answer=says_nothing)
+    with moody(fleet, script, token_s=0.2, **{limit: 0.2}) as one:
+        for _ in range(3):
+            assert health(one)[1]["status"] == "ok"
+            assert one.ask(_LARGE)[0].status == 504
+        wait_for(lambda: health(one)[1]["status"] == "down")
+        response, body = one.ask(_LARGE)
+        assert (response.status, json.loads(body)["error"]["code"]) == (503, "no_replica")
+        num_requests = len(one.engine.requests)
+        wait_for(lambda: script.num_tokens >= 3)
+        assert health(one)[1]["status"] == "down", "it was well by its own account meanwhile"
+        clients = [request for request in one.engine.requests[num_requests:] if b'"large"' in request]
+        assert not clients, "one was tried with it"
+        assert metric(one, 'besteffort_breaker_openings_total{model="large",replica="0"}') == 1
+        script.answer = lambda connection: connection.sendall(_GOOD)
+        wait_for(lambda: health(one)[1]["status"] == "ok")
         assert one.ask(_LARGE)[0].status == 200
 
 
@@ -372,7 +402,8 @@ class Played:
         self.standing = Standing.UP
         self.waits_s: list[float] = []
         self.num_cancelled = 0  # timers and questions
-        self.breaker = Breaker(self, self.turn, np.random.default_rng(1))  # type: ignore[arg-type]
+        self.asked: list[str] = []  # paths
+        self.breaker = Breaker(self, self.turn, np.random.default_rng(1), "x")  # type: ignore[arg-type]
 
     def turn(self, standing: Standing) -> None:
         assert standing is not self.standing, "it was so already"
@@ -389,11 +420,18 @@ class Played:
         if callback == self.breaker._ask:
             self.waits_s.append(delay_s)
             self.ask = callback
+        else:
+            self.give_up = callback
         return self
 
-    def send(self, request: list[bytes], sink: Any) -> "Played":
+    def send(self, request: Callable[[], list[bytes]], sink: Any) -> "Played":
         self.sink = sink
+        self.asked.append(request()[0].split()[1].decode())
         return self
+
+    def says(self, status: int) -> None:
+        self.sink.on_head(status, [], 0)
+        self.sink.on_end()
 
     def cancel(self) -> None:
         self.num_cancelled += 1
@@ -401,8 +439,7 @@ class Played:
     def probe(self, status: int) -> None:
         self.ask()
         assert self.breaker.state is State.HALF_OPEN
-        self.sink.on_head(status, [], 0)
-        self.sink.on_end()
+        self.says(status)
 
 
 def test_each_wait_is_twice_as_long_up_to_a_limit_and_none_is_quite_the_same() -> None:
@@ -492,6 +529,62 @@ def test_an_engine_that_is_late_is_asked_once_at_a_time_and_no_more_once_it_fail
     engine.sink.on_end()
     assert (engine.standing, engine.breaker.state) == (Standing.UNWELL, State.OPEN)
     assert (engine.breaker.num_openings, len(engine.waits_s)) == (2, 2)
+
+
+_HEALTH, _TOKEN = "/health", "/v1/completions"
+
+
+def late_in_a_row(engine: Played, number: int) -> None:
+    for _ in range(number):
+        engine.breaker.late()
+
+
+def test_where_nobody_had_an_answer_between_the_late_ones_an_engine_has_to_make_a_token() -> None:
+    engine = Played()
+    late_in_a_row(engine, 3)  # at the same moment
+    assert engine.asked == [_HEALTH]
+    engine.says(200)
+    assert engine.asked == [_HEALTH, _TOKEN]
+    engine.breaker.late()  # it is asked already
+    engine.says(200)
+    assert (engine.up, engine.asked) == (True, [_HEALTH, _TOKEN])
+    late_in_a_row(engine, 2)
+    engine.says(200)
+    engine.give_up()
+    assert (engine.standing, engine.breaker.state) == (Standing.OUT, State.OPEN)
+    engine.probe(200)  # which is what it says of itself
+    assert (engine.standing, engine.breaker.state) == (Standing.OUT, State.HALF_OPEN)
+    engine.says(200)
+    assert (engine.up, engine.breaker.state) == (True, State.CLOSED)
+    assert engine.asked == [_HEALTH, _TOKEN] * 3
+    assert (engine.breaker.num_openings, engine.breaker.num_probes) == (1, {"ok": 5, "failed": 1})
+
+
+def test_an_answer_between_late_ones_is_as_good_as_a_token() -> None:
+    engine = Played()
+    for _ in range(5):
+        engine.breaker.late()
+        engine.says(200)
+        engine.breaker.answered(200)
+    assert (engine.up, engine.asked) == (True, [_HEALTH] * 5)
+    late_in_a_row(engine, 2)
+    engine.says(200)
+    assert engine.asked[-1] == _TOKEN
+    engine.breaker.answered(200)  # while the token waits behind all that was asked before
+    engine.give_up()
+    assert (engine.up, engine.breaker.state) == (True, State.CLOSED)
+
+
+def test_what_a_gateway_says_is_no_answer_of_the_engine() -> None:
+    engine = Played()
+    engine.breaker.late()
+    engine.says(200)
+    engine.breaker.answered(500)
+    engine.breaker.late()
+    engine.says(200)
+    assert engine.asked == [_HEALTH, _HEALTH, _TOKEN]
+    engine.says(500)
+    assert engine.standing is Standing.UNWELL
 
 
 def test_an_engine_that_could_not_be_asked_stands_as_it_stood() -> None:

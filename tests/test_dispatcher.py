@@ -15,8 +15,9 @@ from besteffort.fleet import Fleet
 from besteffort.observation import Observation
 from besteffort.policies import Static
 from besteffort.router import Dispatcher
-from besteffort.router.dispatcher import NoReplicaError, Route
+from besteffort.router.dispatcher import ModelFullError, NoReplicaError, Route
 from besteffort.router.loads import Standing
+from besteffort.router.seats import Seats
 
 NUM_REPLICAS = (3, 2, 4)
 REPLICAS = [(model, replica) for model, number in enumerate(NUM_REPLICAS) for replica in range(number)]
@@ -79,7 +80,8 @@ class Books:
         wanted = len(self.policy.seen) % len(NUM_REPLICAS) if pinned is None else pinned
         place = self._place(wanted, pinned is not None, self.standings)
         # The clock moves on with each reading, and the next one is the arrival.
-        self.rate_per_s = self._estimator.observe(self.dispatcher.clock() + TICK_S)
+        if place is not None:  # who is refused is no arrival
+            self.rate_per_s = self._estimator.observe(self.dispatcher.clock() + TICK_S)
         self._note(place, lambda: self.dispatcher.begin(0, pinned))
 
     def begin_again(self, nth: int) -> None:
@@ -201,6 +203,48 @@ def test_a_pinned_request_goes_to_no_other_model() -> None:
     with pytest.raises(NoReplicaError, match="no replica of large is up"):
         dispatcher.begin(0, pinned=2)
     assert dispatcher.begin(0, pinned=1).model == 1
+
+
+def test_a_model_that_is_full_gives_way_and_who_insists_on_it_is_refused_and_no_arrival() -> None:
+    policy = Turns()
+    dispatcher = make(policy)
+    dispatcher.seats = Seats(24, len(NUM_REPLICAS))
+    for _ in range(20):
+        dispatcher.begin(0, pinned=2)
+    rate_per_s = dispatcher.arrival_rate_per_s
+    for _ in range(9):
+        with pytest.raises(ModelFullError):
+            dispatcher.begin(0, pinned=2)
+    assert dispatcher.arrival_rate_per_s == rate_per_s
+    dispatcher.put_in_charge(Static(2, "static:large"))
+    assert [dispatcher.begin(0).model for _ in range(4)] == [1, 1, 0, 0]
+    assert sum(map(sum, dispatcher.in_flight)) == 24
+    dispatcher.put_in_charge(policy)
+    dispatcher.begin(0)  # there is nobody to keep seats for; how many there may be is not ours to say
+    assert policy.seen[-1].closed == ()
+
+
+def test_a_policy_sees_which_models_are_full() -> None:
+    policy = Turns()
+    dispatcher = make(policy)
+    dispatcher.seats = Seats(24, len(NUM_REPLICAS))
+    take_down(dispatcher, 0)
+    for _ in range(22):
+        dispatcher.begin(0, pinned=2)
+    dispatcher.begin(0)
+    assert sorted(policy.seen[-1].closed) == [0, 2]
+
+
+def test_a_replica_that_hangs_gets_no_more_requests_than_the_others_have_at_a_time() -> None:
+    dispatcher = make(Static(2, "static:large"))
+    others: list[Route] = []
+    for _ in range(1000):
+        route = dispatcher.begin(0)
+        if route.replica != 0:
+            others.append(route)
+        if len(others) > 30:
+            dispatcher.end(others.pop(0))
+    assert dispatcher.in_flight[2][0] <= 12
 
 
 def test_a_second_attempt_is_no_second_arrival_and_the_policy_does_not_see_it() -> None:

@@ -1,5 +1,7 @@
 import json
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -154,3 +156,45 @@ def test_of_a_model_that_is_too_long_to_be_one_only_the_beginning_is_read(model:
     body = RequestBody(json.dumps({"model": model}).encode())
     assert 0 < len(body.model) <= 1_000
     assert json.loads(body.for_engine("b")) == {"model": "b"}
+
+
+@contextmanager
+def few_objects(at_most: int = 500_000) -> Iterator[None]:
+    """So many bytes of them at a time: what is made of a long body is what holds up everyone else."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < at_most
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("num_names", [1, 300_000])
+def test_of_very_many_fields_only_so_many_are_read_as_are_allowed(num_names: int) -> None:
+    data = b"{" + b",".join(b'"%d":1' % (number % num_names) for number in range(300_000)) + b"}"
+    with few_objects(), pytest.raises(ValueError, match="too many fields"):
+        RequestBody(data)
+
+
+def test_a_long_body_of_few_fields_is_read_however_many_parts_they_have() -> None:
+    messages = [{"role": "user", "content": "a: b"}] * 10_000
+    body = RequestBody(json.dumps({"model": "a", "messages": messages, "n": 2}).encode())
+    assert (body.model, body.num_answers) == ("a", 2)
+    assert json.loads(body.for_engine("b")) == {"model": "b", "messages": messages, "n": 2}
+    with pytest.raises(ValueError, match="not JSON"):
+        RequestBody(json.dumps({"messages": messages}).encode()[:-1])
+
+
+@pytest.mark.parametrize("field", ["n", "stream", "max_tokens"])
+def test_a_list_in_the_place_of_a_number_is_not_read(field: str) -> None:
+    body = RequestBody(b'{"%b":[%b0]}' % (field.encode(), b"[]," * 300_000))
+    with few_objects():
+        assert (body.num_answers, body.is_streamed, body.max_tokens) == (1, False, None)
+
+
+@pytest.mark.parametrize("prompt", ["", 'so "they" say: [', [7], [1, 2]])
+def test_of_very_many_prompts_each_is_counted_and_none_is_made_an_object(prompt: Any) -> None:
+    data = json.dumps({"prompt": [prompt] * 200_000, "n": 2}).encode()
+    body = RequestBody(data)
+    with few_objects(at_most=len(data) + 500_000):
+        assert body.num_answers == 400_000

@@ -1,7 +1,7 @@
 """`besteffort serve` as a process, in front of an engine that is only played."""
 
 import contextlib
-import importlib.util
+import http.client
 import json
 import os
 import pty
@@ -25,7 +25,7 @@ from besteffort.engines.child import free_port
 from besteffort.fleet import load_fleet
 from tests.conftest import ROOT
 from tests.fake_engine import RawEngine, plain_answer, wait_for
-from tests.processes import alive, children_of
+from tests.processes import alive
 from tests.routing import completion, read_all, read_response
 from tests.test_reload import save_preferring
 
@@ -222,6 +222,53 @@ def test_hung_up_while_its_engines_start_it_reads_its_policy_anew_once_it_serves
         assert "serving one by trained:policy" in said[0]
         assert "trained:policy is in charge, after trained:policy" in said[1]
         assert process.wait(20) == 0
+
+
+def test_while_its_engines_start_clients_are_told_to_come_again(fleet_dir: Path, engine: RawEngine) -> None:
+    started = threading.Event()
+
+    def starts_slowly(connection: socket.socket, number: int) -> None:
+        started.wait(20)
+        vllm_like(connection, number)
+
+    engine.script = starts_slowly
+    ports = [free_port(), free_port()]
+    words = ("serve", fleet_dir, "--policy", "random", "--port", ports[0], "--admin-port", ports[1])
+    with (
+        subprocess.Popen([sys.executable, "-m", "besteffort", *map(str, words)]) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)  # also where what follows fails
+        wait_for(lambda: len(engine.requests) == 1)
+        health, asked = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n", completion(b"{}")
+        for port in ports:
+            response, body = answered(port, health)
+            assert (response.status, json.loads(body)) == (503, {"status": "starting"})
+            response, body = answered(port, asked)
+            assert (response.status, json.loads(body)["error"]["code"]) == (503, "starting")
+            assert int(response.headers["retry-after"]) > 0
+        late = [socket.create_connection(("127.0.0.1", port), timeout=20) for port in ports]
+        started.set()
+        for port, client in zip(ports, late, strict=True):
+            assert read_all(client) == b"", "it lies idle, and is closed"
+            client.close()
+            wait_for(lambda: serves(port))  # noqa: B023
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def serves(port: int) -> bool:
+    """One that connects in the moment of the change may find its connection closed."""
+    with contextlib.suppress(ConnectionError, http.client.HTTPException):
+        return answered(port, b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")[0].status == 200
+    return False
+
+
+def answered(port: int, request: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+    """By whoever listens there; the connection ends with it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(request)
+        return read_response(client)
 
 
 def test_it_ends_in_order_when_its_terminal_is_closed_while_its_engines_start(
@@ -489,27 +536,3 @@ def run(*words: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **env}
     )
-
-
-@pytest.mark.vllm
-def test_a_vllm_server_that_is_killed_is_started_again_and_answers_again(tmp_path: Path) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: run `make setup`")
-    shipped = (ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml").read_text()
-    top, smallest, *_ = shipped.split("[[models]]")
-    task = shipped.partition("[[tasks]]")
-    (tmp_path / "fleet.toml").write_text(f"{top}[[models]]{smallest}{''.join(task[1:])}")
-    with serving(tmp_path) as (process, url, _), connect(url) as client:
-        client.settimeout(120)
-        (tether,) = children_of(process.pid)
-        (server,) = children_of(tether)
-        os.kill(server, signal.SIGKILL)
-        wait_for(lambda: status_of(client, b"{}") in (502, 503))
-        assert process.stderr is not None
-        assert "died with exit status -9 and is started again" in process.stderr.readline()
-        wait_for(lambda: status_of(client, b'{"prompt":"a","max_tokens":2}') == 200, 300.0)
-
-
-def status_of(client: socket.socket, body: bytes) -> int:
-    client.sendall(completion(body))
-    return read_response(client)[0].status

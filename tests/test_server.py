@@ -1,8 +1,10 @@
 """The side that faces clients: what they may send, how slowly, and what they get for it."""
 
+import contextlib
 import itertools
 import json
 import re
+import select
 import socket
 import ssl
 import subprocess
@@ -639,6 +641,46 @@ def test_it_speaks_tls(fleet: Fleet, certificate: Path) -> None:
             assert statuses(read_all(client)) == [400]
         one.connect().close()  # no handshake at all
         one.settled()
+
+
+def closed(client: socket.socket) -> bool:
+    """By the other side, before a byte came."""
+    with contextlib.suppress(ConnectionResetError):
+        return client.recv(1) == b""
+    return True
+
+
+def test_handshakes_count_as_connections_and_end_in_time(fleet: Fleet, certificate: Path) -> None:
+    settings = Settings(limits=Limits(max_connections=3, head_s=1.0), tls=tls_context(certificate, None))
+    with door(fleet, answer, settings) as one, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(one.connect()) for _ in range(3)]
+        assert closed(stack.enter_context(one.connect())), "there is no room for a fourth"
+        assert not select.select(silent, [], [], 0.0)[0], "they have room, and time"
+        assert all(map(closed, silent)), "the time for a handshake is over"
+
+
+def test_handshakes_that_fail_leave_the_room_that_they_took(fleet: Fleet, certificate: Path) -> None:
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    settings = Settings(limits=Limits(max_connections=3, head_s=600.0), tls=tls_context(certificate, None))
+    with door(fleet, answer, settings) as one, contextlib.ExitStack() as stack:
+        for _ in range(9):
+            client = stack.enter_context(one.connect())
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                read_all(client)
+        clients: list[ssl.SSLSocket] = []
+
+        def all_are_in() -> bool:
+            with contextlib.suppress(OSError):
+                clients.append(trusted.wrap_socket(one.connect(), server_hostname="127.0.0.1"))
+            return len(clients) == 3
+
+        wait_for(all_are_in)
+        assert closed(stack.enter_context(one.connect()))
+        for client in clients:
+            client.sendall(completion(_BODY))
+            assert read_response(client)[0].status == 200
+            client.close()
 
 
 def test_without_the_key_there_is_only_health(fleet: Fleet) -> None:

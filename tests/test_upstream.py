@@ -583,6 +583,33 @@ def test_a_client_that_goes_away_takes_its_request_along(fleet: Fleet) -> None:
             one.settled()
 
 
+def test_a_model_that_hangs_leaves_seats_for_the_others(fleet: Fleet) -> None:
+    go_on = threading.Event()
+
+    def large_hangs(connection: socket.socket, number: int) -> None:
+        if b"hang" in one.engine.requests[number]:
+            go_on.wait(20)
+        connection.sendall(plain_answer())
+
+    with door(fleet, large_hangs, limited(max_in_flight=8)) as one, contextlib.ExitStack() as stack:
+        hanging = completion(b'{"model":"large","prompt":"hang"}')
+        for number in range(7):
+            stack.enter_context(one.connect()).sendall(hanging)
+            wait_for(lambda: len(one.engine.requests) == number + 1)  # noqa: B023
+        rate_per_s = one.dispatcher.arrival_rate_per_s
+        for _ in range(20):
+            response, body = one.ask(hanging)
+            assert (response.status, json.loads(body)["error"]["code"]) == (429, "overloaded")
+            assert response.headers["retry-after"] == "1"
+        assert one.dispatcher.arrival_rate_per_s == rate_per_s, "who is turned away is no arrival"
+        for body in (b'{"model":"small"}', b"{}", b"{}"):  # the latter by turns
+            response, _ = one.ask(completion(body))
+            assert (response.status, response.headers["x-besteffort-model"]) == (200, "small")
+        go_on.set()
+        one.settled()
+        assert one.ask(_REQUEST)[0].status == 200
+
+
 def test_beyond_what_may_be_in_flight_clients_are_told_to_come_again(fleet: Fleet) -> None:
     go_on = threading.Event()
 
@@ -595,10 +622,12 @@ def test_beyond_what_may_be_in_flight_clients_are_told_to_come_again(fleet: Flee
         for client in clients:
             client.sendall(_REQUEST)
         wait_for(lambda: len(one.engine.requests) == 3)
+        rate_per_s = one.dispatcher.arrival_rate_per_s
         for _ in range(20):
             response, body = one.ask(_REQUEST)
             assert (response.status, response.headers["retry-after"]) == (429, "1")
             assert json.loads(body)["error"]["code"] == "overloaded"
+        assert one.dispatcher.arrival_rate_per_s == rate_per_s, "who is turned away is no arrival"
         go_on.set()
         for client in clients:
             assert read_response(client)[0].status == 200

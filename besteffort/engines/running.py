@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from besteffort.engines.child import Child, free_port
+from besteffort.engines.child import Child
 from besteffort.engines.gpus import gpu_names
+from besteffort.engines.reserved_port import ReservedPort
 from besteffort.engines.supervisor import Supervisor
 from besteffort.engines.vllm import start_server
 from besteffort.errors import EngineError, UsageError
@@ -52,6 +53,7 @@ def running_engines(
     if len(urls) < len(fleet.models):
         _check_hardware(fleet)
     children: list[tuple[Child, str]] = []
+    ports: list[ReservedPort] = []
     supervisor = Supervisor(progress)
     try:
         by_model = []
@@ -59,7 +61,9 @@ def running_engines(
             if model.name in urls:
                 by_model.append(urls[model.name])
                 continue
-            started = [_start(fleet, fleet_dir, model, replica) for replica in range(model.replicas)]
+            its_ports = [ReservedPort() for _ in range(model.replicas)]
+            ports += its_ports
+            started = _start(fleet, fleet_dir, model, its_ports)
             children += started
             if fleet.num_gpus and model is not fleet.models[-1]:
                 # A server takes what memory others take meanwhile for its own: one after the other.
@@ -79,6 +83,8 @@ def running_engines(
             child.ask_to_stop()
         for child, _ in children:
             child.stop()
+        for port in ports:
+            port.close()
 
 
 def _attached_urls(fleet: Fleet, attached: Urls) -> dict[str, list[str]]:
@@ -109,9 +115,14 @@ def _check_hardware(fleet: Fleet) -> None:
         )
 
 
-def _start(fleet: Fleet, fleet_dir: Path, model: Model, replica: int) -> tuple[Child, str]:
-    port = free_port()
-    return start_server(fleet, fleet_dir, model, replica, port), f"http://127.0.0.1:{port}"
+def _start(
+    fleet: Fleet, fleet_dir: Path, model: Model, ports: Sequence[ReservedPort]
+) -> list[tuple[Child, str]]:
+    """All replicas of a model, with their URLs."""
+    return [
+        (start_server(fleet, fleet_dir, model, replica, port.number), f"http://127.0.0.1:{port.number}")
+        for replica, port in enumerate(ports)
+    ]
 
 
 def wait_until_healthy(children: Sequence[tuple[Child, str]], timeout_s: float, bar: Bar) -> None:

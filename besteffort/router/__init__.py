@@ -9,6 +9,7 @@ from besteffort.router.limits import Limits
 from besteffort.router.policy_source import PolicySource
 from besteffort.router.running import run_router, running_router
 from besteffort.router.settings import Settings
+from besteffort.router.waiting_room import waiting_room
 
 __all__ = [
     "ApiKey",
@@ -21,4 +22,5 @@ __all__ = [
     "Settings",
     "run_router",
     "running_router",
+    "waiting_room",
 ]

@@ -21,6 +21,7 @@ from besteffort.router.openai_errors import error_reply
 from besteffort.router.outbox import Outbox
 from besteffort.router.proxy import Proxy
 from besteffort.router.reload import Reload
+from besteffort.router.seats import Seats
 from besteffort.router.settings import Settings
 from besteffort.router.upstream import Upstream
 from besteffort.router.watch import Watch
@@ -66,6 +67,7 @@ class App:
         about = {"object": "model", "created": began_at, "owned_by": "besteffort"}
         self._models = {name: {"id": name, **about} for name in model_ids(dispatcher.fleet)}
         dispatcher.keeps_decisions = decision_log is not None
+        dispatcher.seats = Seats(limits.max_in_flight, len(dispatcher.engines))
         for collector in (reload, decision_log):
             if collector is not None:
                 self.metrics.add(collector)

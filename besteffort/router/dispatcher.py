@@ -17,12 +17,17 @@ from besteffort.observation import Observation
 from besteffort.policies import HasQValues, Policy, Remembers
 from besteffort.router.forecast import Forecast
 from besteffort.router.loads import Loads, Standing
+from besteffort.router.seats import Seats
 
 _NUM_REMEMBERED = 32_768  # arrivals, for a policy that is put in charge while requests come
 
 
 class NoReplicaError(EngineError):
     """No replica that could take the request is one that anything may be sent to."""
+
+
+class ModelFullError(EngineError):
+    """The client insists on a model that has as many requests as it may have."""
 
 
 @dataclass(slots=True)  # not frozen: it would take three times as long to make
@@ -69,6 +74,7 @@ class Dispatcher:
         self.engines = engines
         self.clock = clock
         self.forecast = forecast
+        self.seats: Seats | None = None  # there is no limit
         self.arrival_rate_per_s = 0.0
         self.keeps_decisions = False
         self.decision: Decision | None = None
@@ -101,18 +107,20 @@ class Dispatcher:
 
         Raises:
             NoReplicaError: every replica is out, or every one of the pinned model.
+            ModelFullError: the pinned model has as many requests as it may have.
         """
+        full = self._admit(pinned)
         arrived_at = self.clock()
         self.arrival_rate_per_s = self._estimator.observe(arrived_at)
         self._arrivals.append(arrived_at)
         if pinned is None:
-            seen = self._observe(task, arrived_at, deadline_ms_per_token)
+            seen = self._observe(task, arrived_at, deadline_ms_per_token, full)
             chosen = self.policy.choose(seen)
             if self.keeps_decisions:
                 self.decision = self._decision(seen, chosen)
         else:
             chosen, self.decision = pinned, None
-        return self._send(task, chosen, arrived_at, pinned is not None)
+        return self._send(task, chosen, arrived_at, pinned is not None, full)
 
     def begin_again(self, failed: Route, tried: Collection[tuple[int, int]]) -> Route:
         """Another replica for a request that has arrived before, which counts until it is given to `end` too.
@@ -153,7 +161,30 @@ class Dispatcher:
         q_values = policy.q_values.copy() if isinstance(policy, HasQValues) else None
         return Decision(seen, chosen, policy.name, q_values)
 
-    def _observe(self, task: int, arrived_at: float, deadline_ms_per_token: float | None) -> Observation:
+    def _admit(self, pinned: int | None) -> tuple[int, ...]:
+        """The models that are full. Who is refused here is no arrival: the rate is of what has to be placed.
+
+        Raises as `begin`.
+        """
+        loads, seats = self._loads, self.seats
+        if loads.closed:
+            models = range(len(self.engines)) if pinned is None else (pinned,)
+            if all(loads.best(model) is Standing.OUT for model in models):
+                raise self._no_replica(pinned)
+        if seats is None or loads.total < seats.scarce_from:
+            return ()
+        full = seats.full(loads.totals, loads.closed)
+        if pinned in full:
+            raise ModelFullError("the model has as many requests as it may have")
+        return full
+
+    def _no_replica(self, pinned: int | None) -> NoReplicaError:
+        missing = "of any model" if pinned is None else f"of {self.fleet.model_names[pinned]}"
+        return NoReplicaError(f"no replica {missing} is up now")
+
+    def _observe(
+        self, task: int, arrived_at: float, deadline_ms_per_token: float | None, full: tuple[int, ...]
+    ) -> Observation:
         loads = self._loads
         return Observation(
             task,
@@ -161,12 +192,14 @@ class Dispatcher:
             self.arrival_rate_per_s,
             arrived_at,
             loads.neighbours(),
-            loads.closed,
+            tuple({*loads.closed, *full}) if full else loads.closed,
             deadline_ms_per_token,
         )
 
-    def _send(self, task: int, chosen: int, arrived_at: float, pinned: bool) -> Route:
-        model = self._open_model(chosen, pinned)
+    def _send(
+        self, task: int, chosen: int, arrived_at: float, pinned: bool, full: tuple[int, ...] = ()
+    ) -> Route:
+        model = self._open_model(chosen, pinned, full)
         replica = self._loads.least(model)
         self._loads.add(model, replica, 1)
         engine = self.engines[model][replica]
@@ -179,18 +212,21 @@ class Dispatcher:
         policy = "pinned" if pinned else self.policy.name
         return Route(task, model, replica, engine, arrived_at, decision_s, pinned, policy, predicted)
 
-    def _open_model(self, chosen: int, pinned: bool) -> int:
-        """Where no replica of the model is up, the next smaller one's, which is faster, or a larger one's.
+    def _open_model(self, chosen: int, pinned: bool, full: tuple[int, ...]) -> int:
+        """Where the model is full, or no replica of it is up, the next smaller one, which is faster, or a
+        larger one.
 
         Where none is up at all, one that stands best: what failed lately may have come back, and to try it is
         better than to refuse.
         """
         loads = self._loads
-        if chosen not in loads.closed:
+        if chosen not in loads.closed and chosen not in full:
             return chosen
         models = [chosen] if pinned else range(len(self.engines))
-        nearest = min(models, key=lambda model: (loads.best(model), model > chosen, abs(model - chosen)))
+        nearest = min(
+            models,
+            key=lambda model: (model in full, loads.best(model), model > chosen, abs(model - chosen)),
+        )
         if loads.best(nearest) is Standing.OUT:
-            missing = f"of {self.fleet.model_names[chosen]}" if pinned else "of any model"
-            raise NoReplicaError(f"no replica {missing} is up now")
+            raise self._no_replica(chosen if pinned else None)
         return nearest

@@ -22,7 +22,7 @@ class Health:
         self._dispatcher = dispatcher
         self._loop = next(iter(upstreams.values())).loop
         breakers = {
-            engine: Breaker(upstream, functools.partial(self._turn, engine), rng)
+            engine: Breaker(upstream, functools.partial(self._turn, engine), rng, engine.served_name)
             for engine, upstream in upstreams.items()
         }
         self.breakers = [[breakers[engine] for engine in of_model] for of_model in dispatcher.engines]

@@ -31,5 +31,6 @@ class Limits:
     probe_wait_s: float = 0.5  # before it is asked how it is; twice as long each time that it is not well
     max_probe_wait_s: float = 10.0
     probe_s: float = 5.0  # it has to answer
+    token_s: float = 60.0  # it has to make one, where it answers nothing else
     # When we are told to stop.
     grace_s: float = 10.0

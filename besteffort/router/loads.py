@@ -29,7 +29,8 @@ class Loads:
         self._num_up = list(num_replicas)
         self.closed: tuple[int, ...] = ()
         """The models of which no replica is up"""
-        self._totals = [0] * len(num_replicas)  # in flight by model
+        self.total = 0  # in flight
+        self.totals = [0] * len(num_replicas)  # in flight by model
         self._totals_up = [0] * len(num_replicas)  # of these at replicas that are up
         self._batch_sizes = np.zeros(len(num_replicas))
         self._orders = [_Order(number) for number in num_replicas]
@@ -39,7 +40,8 @@ class Loads:
     def add(self, model: int, replica: int, change: int) -> None:
         """Note that so many requests came to the replica, or left it."""
         self.in_flight[model][replica] += change
-        self._totals[model] += change
+        self.totals[model] += change
+        self.total += change
         self._on_device[replica % self._num_devices][model] += change
         if self._standings[model][replica] == _UP:
             self._totals_up[model] += change
@@ -61,7 +63,7 @@ class Loads:
         if self._num_up[model]:
             self._batch_sizes[model] = self._totals_up[model] / self._num_up[model]
         else:
-            self._batch_sizes[model] = self._totals[model] / len(self._standings[model])
+            self._batch_sizes[model] = self.totals[model] / len(self._standings[model])
 
     def standing(self, model: int, replica: int) -> Standing:
         return Standing(self._standings[model][replica])

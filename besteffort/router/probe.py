@@ -1,5 +1,6 @@
-"""A question of our own to an engine: is it well?"""
+"""A question of our own to an engine: is it well, and does it answer?"""
 
+import json
 from collections.abc import Callable, Sequence
 
 from besteffort.router.loads import Standing
@@ -7,19 +8,34 @@ from besteffort.router.message import Header
 from besteffort.router.upstream import Fault, Upstream
 
 
-class Probe:
-    """Sends `GET /health` at once; `hear` is called once with what that says, but never after `cancel`.
+def health_question(upstream: Upstream) -> bytes:
+    return b"GET %b/health HTTP/1.1\r\nhost: %b\r\n\r\n" % (upstream.base_path, upstream.authority)
 
-    Up is an engine that gives a whole answer below 500 in time: one that has no such path is there too. Out
-    is one that hangs. None says that it could not be asked, for want of something here.
+
+def token_question(upstream: Upstream, served_name: str) -> bytes:
+    """As `serve` asks it of every engine before it gives requests to it."""
+    body = json.dumps({"model": served_name, "prompt": [100], "max_tokens": 1}).encode()
+    head = (
+        b"POST %b/v1/completions HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n"
+    )
+    return head % (upstream.base_path, upstream.authority, len(body)) + body
+
+
+class Probe:
+    """Asks at once; `hear` is called once with what the answer says, but never after `cancel`.
+
+    Up is an engine that gives a whole answer below 500 within `wait_s`: one that has no such path is there
+    too. Out is one that hangs. None says that it could not be asked, for want of something here.
     """
 
-    def __init__(self, upstream: Upstream, hear: Callable[[Standing | None], None]) -> None:
+    def __init__(
+        self, upstream: Upstream, question: bytes, wait_s: float, hear: Callable[[Standing | None], None]
+    ) -> None:
         self._hear = hear
         self._status = 0
-        request = b"GET %b/health HTTP/1.1\r\nhost: %b\r\n\r\n" % (upstream.base_path, upstream.authority)
-        self._call = upstream.send(lambda: [request], self)
-        self._timer = upstream.loop.call_later(upstream.limits.probe_s, self._give_up)
+        self._call = upstream.send(lambda: [question], self)
+        self._timer = upstream.loop.call_later(wait_s, self._give_up)
 
     def cancel(self) -> None:
         self._timer.cancel()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from besteffort.engines.running import Engine
 from besteffort.router.asked import AskedReader
 from besteffort.router.decision_log import DecisionLog
-from besteffort.router.dispatcher import Dispatcher, NoReplicaError
+from besteffort.router.dispatcher import Dispatcher, ModelFullError, NoReplicaError
 from besteffort.router.exchange import Exchange
 from besteffort.router.health import Health
 from besteffort.router.limits import Limits
@@ -64,6 +64,9 @@ class Proxy:
             self.metrics.turned_away["no_replica"] += 1
             refusal = error_reply(503, str(error), "no_replica", retry_after_s=self.health.retry_after_s)
             responder.reply(refusal.identified(request_id))
+            return None
+        except ModelFullError:
+            responder.reply(self._turn_away().identified(request_id))
             return None
         except Refusal as refused:
             responder.reply(refused.reply.identified(request_id))

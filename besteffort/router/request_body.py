@@ -1,18 +1,17 @@
 """The body of a completion request: read as far as routing needs, all else untouched."""
 
-import json
 import re
 from typing import Any
 
 import msgspec
 
-_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+from besteffort.router.fields import read_fields
+
 _ENCODER = msgspec.json.Encoder()
 _LIST_OF_PROMPTS = re.compile(rb'\[\s*["\[]')  # one prompt may be a list as well, of tokens
 _MAX_NUMBER = 2**31 - 1  # of tokens or answers
-_MAX_FIELDS = 1_000  # each costs some 200 bytes, and may be told in 8
-_MAX_NAME = 1_000  # bytes of JSON
-_MAX_LENIENT = 256 * 1024  # bytes: what is read as Python would takes thirty times as much memory
+_MAX_SCALAR = 1_000  # bytes of JSON that a name or a number is read from
+_MUCH = 64 * 1024  # bytes: in more there may be so many prompts that to make each an object holds up everyone
 
 
 class RequestBody:
@@ -28,14 +27,7 @@ class RequestBody:
         """
         if not data.isascii():
             data.decode()  # raises ValueError where it is not UTF-8; its values stay parts of `data`
-        try:
-            self._fields = _DECODER.decode(data)
-        except RecursionError:
-            raise ValueError("nested too deep") from None
-        except msgspec.DecodeError:
-            self._fields = _read_leniently(data)
-        if len(self._fields) > _MAX_FIELDS:
-            raise ValueError("too many fields")
+        self._fields = read_fields(data)
 
     @property
     def model(self) -> Any:
@@ -47,8 +39,8 @@ class RequestBody:
         if raw is None:
             return None
         value = memoryview(raw)
-        if len(value) > _MAX_NAME:
-            return str(value[:_MAX_NAME], errors="replace")
+        if len(value) > _MAX_SCALAR:
+            return str(value[:_MAX_SCALAR], errors="replace")
         return msgspec.json.decode(raw)
 
     @property
@@ -59,8 +51,8 @@ class RequestBody:
         if not isinstance(number, int) or number < 1:
             number = 1
         number = min(number, _MAX_NUMBER)
-        if prompt is not None and _LIST_OF_PROMPTS.match(prompt):
-            number *= len(_read(prompt, list[msgspec.Raw]) or (prompt,))
+        if prompt is not None and (begun := _LIST_OF_PROMPTS.match(prompt)):
+            number *= _num_prompts(prompt, are_tokens=begun[0].endswith(b"["))
         return number
 
     @property
@@ -92,26 +84,24 @@ class RequestBody:
         self._fields = {}
 
 
-def _read(raw: msgspec.Raw, kind: Any = Any) -> Any:
-    """None where it is nothing that JSON knows, such as NaN, half a surrogate, or too large a number."""
+def _read(raw: msgspec.Raw) -> Any:
+    """A number or a boolean. None where it is too long for one, or nothing that JSON knows: NaN, 1e400."""
+    if len(memoryview(raw)) > _MAX_SCALAR:
+        return None
     try:
-        return msgspec.json.decode(raw, type=kind)
+        return msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError):
         return None
 
 
-def _read_leniently(data: bytes) -> dict[str, msgspec.Raw]:
-    """NaN, infinities and the like are not JSON, but Python clients write them and vLLM reads them."""
-    if len(data) > _MAX_LENIENT:
-        raise ValueError("not JSON, and too long to be read otherwise")
+def _num_prompts(prompts: msgspec.Raw, *, are_tokens: bool) -> int:
+    """At least 1. Of a long list the brackets are counted, or the quotes that no backslash stands before: as
+    good as exact, and in a tenth of the time."""
+    text = bytes(prompts)
+    if len(text) > _MUCH:
+        number = text.count(b"[") - 1 if are_tokens else (text.count(b'"') - text.count(b'\\"')) // 2
+        return max(1, number)
     try:
-        value = json.loads(data.decode())
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        fields = {key: msgspec.Raw(json.dumps(part).encode()) for key, part in value.items()}
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-    "".join(value).encode()  # raises ValueError where a key is nothing that can be sent on
-    if isinstance(value.get("model"), float):  # perhaps NaN
-        raise ValueError("a number as its model")
-    return fields
+        return max(1, len(msgspec.json.decode(text, type=list[msgspec.Raw])))
+    except (msgspec.DecodeError, RecursionError):
+        return 1

@@ -13,9 +13,9 @@ from besteffort.router.limits import Limits
 from besteffort.router.message import Handler
 from besteffort.router.outbox import Outbox
 from besteffort.router.request_reader import Budget
+from besteffort.router.tls_door import TlsDoor
 from besteffort.router.watch import Watch
 
-_TLS_HANDSHAKE_S = 10.0
 _POLL_S = 0.02
 
 
@@ -32,17 +32,22 @@ class Server:
         self.connections: set[ClientConnection] = set()
         self.draining = False
         self._listening: list[asyncio.Server] = []
+        self._tls_doors: list[TlsDoor] = []
 
     async def listen(self, listeners: Sequence[socket.socket], tls: ssl.SSLContext | None = None) -> None:
         for listener in listeners:
-            self._listening.append(
-                await self.loop.create_server(
-                    lambda: ClientConnection(self),
-                    sock=listener,
-                    ssl=tls,
-                    ssl_handshake_timeout=None if tls is None else _TLS_HANDSHAKE_S,
-                )
-            )
+            if tls is None:
+                self._listening.append(await self.loop.create_server(self._connection, sock=listener))
+            else:
+                door = TlsDoor(listener, tls, self._connection, self._has_room, self.limits.head_s)
+                self._tls_doors.append(door)
+
+    def _connection(self) -> ClientConnection:
+        return ClientConnection(self)
+
+    def _has_room(self) -> bool:
+        num_handshakes = sum(door.num_handshakes for door in self._tls_doors)
+        return len(self.connections) + num_handshakes < self.limits.max_connections
 
     async def drain(self, grace_s: float | None = None) -> None:
         """Take no more requests, wait for those in work, by default as long as the limits say, then cut them
@@ -50,6 +55,8 @@ class Server:
         self.draining = True
         for listening in self._listening:
             listening.close()
+        for door in self._tls_doors:
+            door.close()
         give_up_at = self.loop.time() + (self.limits.grace_s if grace_s is None else grace_s)
         while self.connections and self.loop.time() < give_up_at:
             for connection in list(self.connections):

@@ -27,6 +27,7 @@ from besteffort.router import (
     PolicySource,
     Settings,
     run_router,
+    waiting_room,
 )
 from besteffort.stages.staleness import warn_if_stale
 
@@ -89,7 +90,9 @@ def serve(
         if admin_port is not None:
             inner = _listening(scheme, admin_host, admin_port, options="--admin-")
             admin_listener, admin_url = stack.enter_context(inner)
-        engines = stack.enter_context(running_engines(fleet, fleet_dir, attached, progress, supervised=True))
+        with waiting_room([listener] if admin_listener is None else [listener, admin_listener], settings):
+            running = running_engines(fleet, fleet_dir, attached, progress, supervised=True)
+            engines = stack.enter_context(running)
         if admin_port is not None:
             progress.say(f"metrics and administration are at {admin_url}")
         progress.say(f"serving {fleet.name} by {chosen.name} at {url}/v1 (Ctrl-C ends it)")
