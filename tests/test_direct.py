@@ -192,6 +192,17 @@ def test_the_policy_is_the_mean_of_all_passes_but_the_first(with_mean: bool) -> 
         np.testing.assert_allclose(getattr(trainer.training.mean, name), expected)
 
 
+def test_a_training_from_a_policy_on_is_kept_from_the_beginning(tmp_path: Path) -> None:
+    service = make_service()
+    curves, encoding = drawn_curves(service, 3), direct_encoding_for(service.fleet)
+    kept = Checkpoint(tmp_path / "kept.safetensors", {})
+    trainer = DirectTrainer(service, TINY, 0, init=(curves, encoding), checkpoint=kept)
+    trainer.save()
+    again = DirectTrainer(service, TINY, 0, init=(curves, encoding), checkpoint=kept)
+    assert again.resumed
+    np.testing.assert_array_equal(again.training.mean.levels, curves.levels)
+
+
 def test_a_training_that_goes_by_tuned_thresholds_is_another_one() -> None:
     setup = Setup(ROOT / "artifacts" / "titan-rtx-opt")
     assert "thresholds" not in setup.identity()["sha256"]

@@ -16,10 +16,11 @@ from besteffort.errors import PolicyError, UsageError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.observation import Encoding, FleetEncoding
 from besteffort.paper import Effort, published
-from besteffort.paper.experiments import HINDSIGHT, POLICY, Burst, Curves, Experiments, Sweep
+from besteffort.paper.experiments import HINDSIGHT, POLICY, Burst, Curves, Duel, Experiments, Sweep
 from besteffort.paper.findings import (
     availability_per_s,
     hardware_utility,
+    leads,
     mean_and_std,
     riemann_sum,
     soft_increase,
@@ -50,7 +51,7 @@ from tests.test_cli import refused
 
 TITAN = ROOT / "artifacts" / "titan-rtx-opt"
 SMALL = Effort(
-    num_seeds=2, rates_per_s=(1, 4, 16), num_runs=2, num_requests=150, hindsight_s=0.2
+    num_seeds=2, rates_per_s=(1, 4, 16), num_runs=2, num_requests=150, hindsight_s=0.2, num_duel_traces=3
 )  # fmt: skip
 
 
@@ -121,6 +122,8 @@ def test_the_numbers_of_every_experiment_are_finite(pages: Path) -> None:
             assert np.shape(way["performance"]) == (3,)
             assert np.all((np.array(way["performance"]) >= 0) & (np.array(way["performance"]) <= 1))
             assert np.allclose(np.sum(way["selection"], axis=1), 1, atol=1e-4)
+    for duel in plain["duels"].values():
+        assert all(np.shape(of_way) == (3,) for of_way in duel.values())
     for burst in plain["unpredictable"].values():
         assert all(0 <= value <= 1 for way in burst.values() for value in way["performance"])
     for name in ("unpredictable-1", "unpredictable-2"):
@@ -207,6 +210,16 @@ def test_hardware_utility_is_per_gpu(titan: Service) -> None:
     assert utility.ratio.mean == pytest.approx(2 * 0.8 / 0.5)
     assert utility.highest_ratio.mean == pytest.approx(2 * 1 / 0.5)
     assert utility.peak_ratio == 0.0
+
+
+def test_a_lead_is_judged_by_the_differences_on_single_traces() -> None:
+    policy = np.array([0.9, 0.5, 0.7])
+    duel = Duel({POLICY: policy, "near": policy - [0.01, 0.02, 0.03], "far": policy - 0.4})
+    near, far = leads(duel)
+    assert (near.other, far.other) == ("near", "far")
+    assert (near.mean, far.mean) == (pytest.approx(0.02), pytest.approx(0.4))
+    assert near.half_width == pytest.approx(1.96 * 0.01 / np.sqrt(3))
+    assert far.half_width == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_ratio_of_windows_is_over_all_seeds(fleet: Fleet) -> None:

@@ -30,24 +30,26 @@ class Group:
     weight: float
 
 
-def draw_groups(workloads: TrainingWorkloads, recipe: DirectRecipe, rng: np.random.Generator) -> list[Group]:
+def draw_groups(
+    workloads: TrainingWorkloads, recipe: DirectRecipe, rng: np.random.Generator, *, times: int = 1
+) -> list[Group]:
     """Steady ones at every knot, short ones, unpredictable ones of either kind, and pieces of the traces.
 
-    The short ones weigh much: what a calm fleet gives away is little, and shall be none.
+    `times` as many of the random ones as the recipe says, with the same weights. The short ones weigh much: what a calm fleet gives away is little, and shall be none.
     """
-    steady, short, piece_rng, *others = rng.spawn(3 + 2 * recipe.num_unpredictable)
+    steady, short, piece_rng, *others = rng.spawn(3 + 2 * times * recipe.num_unpredictable)
 
     def draw(own: np.random.Generator, rate: float, num_requests: int) -> Requests:
         return stable(workloads.mixed(own), own, rate, num_requests=num_requests)
 
     groups = []
     for busy in (False, True):
-        rates = [rate for rate in KNOTS_PER_S if (rate >= BUSY_FROM_PER_S) is busy]
+        rates = times * [rate for rate in KNOTS_PER_S if (rate >= BUSY_FROM_PER_S) is busy]
         num_requests = recipe.busy_num_requests if busy else recipe.calm_num_requests
         drawn = [draw(own, rate, num_requests)
                  for own, rate in zip(steady.spawn(len(rates)), rates, strict=True)]  # fmt: skip
-        groups.append(Group(drawn, len(rates) / len(KNOTS_PER_S)))
-    rates = list(SHORT_RATES_PER_S * recipe.num_short)
+        groups.append(Group(drawn, len(rates) / times / len(KNOTS_PER_S)))
+    rates = list(SHORT_RATES_PER_S * times * recipe.num_short)
     drawn = [draw(own, rate, recipe.short_num_requests)
              for own, rate in zip(short.spawn(len(rates)), rates, strict=True)]  # fmt: skip
     groups.append(Group(drawn, SHORT_WEIGHT))

@@ -42,6 +42,8 @@ class DirectRecipe(BaseRecipe):
     """a highest batch size for each model, whatever the rate"""
     with_check: bool = True
     """what a search finds is kept only if it is better on other workloads too"""
+    num_times_checked: int = 5
+    """as many of those: one search gains less than what so many workloads as it has differ by"""
     with_mean: bool = True
     """the policy is the mean of what the passes from the second on have come to"""
     num_threads: int = 2

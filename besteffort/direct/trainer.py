@@ -168,15 +168,15 @@ class DirectTrainer:
         if nth_pass == self._nth_pass:
             return
         self._nth_pass = nth_pass
-        rngs = [np.random.default_rng([self._seed, 2, nth, nth_pass]) for nth in range(2)]
+        recipe = self._recipe
         self._searched, self._checked = (
             Objective(
-                draw_groups(self._workloads, self._recipe, rng),
+                draw_groups(self._workloads, recipe, np.random.default_rng([self._seed, 2, nth, nth_pass]), times=times),
                 self._service,
                 self._encoding,
-                self._recipe.num_threads,
+                recipe.num_threads,
             )
-            for rng in rngs
+            for nth, times in enumerate((1, recipe.num_times_checked))
         )
 
     def _end_pass(self, nth_pass: int) -> None:
@@ -205,8 +205,8 @@ class DirectTrainer:
         tensors = tensors_of("best", training.best)
         for name, curves in (("curves", training.curves), ("mean", training.mean)):
             for part in fields(curves):
-                array = np.ascontiguousarray(getattr(curves, part.name))
-                tensors[f"{name}.{part.name}"] = torch.from_numpy(array)
+                # A copy: both may be the same arrays, which safetensors does not write.
+                tensors[f"{name}.{part.name}"] = torch.from_numpy(np.array(getattr(curves, part.name)))
         self._checkpoint.save(tensors, training.to_facts())
 
     def _restore(self) -> bool:

@@ -36,7 +36,7 @@ from besteffort.workload import STABLE_DURATION_S, generate_workload, stable
 
 POLICY, GREEDY, THRESHOLDS, HINDSIGHT = "policy", "greedy", "thresholds", "hindsight"
 # No training draws from these: the runs are held out.
-STABLE_SEED, UNPREDICTABLE_SEED, HINDSIGHT_SEED = 2401, 7886, 93
+STABLE_SEED, UNPREDICTABLE_SEED, HINDSIGHT_SEED, DUEL_SEED = 2401, 7886, 93, 300
 RATES_PER_S = (0.25, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8, 10, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48)
 
 MIN_NUM_RUNS = 5
@@ -52,6 +52,7 @@ class Effort:
     num_requests_stable: int = 8000  # at each rate, for each seed
     num_requests: int = 10_000  # of an unpredictable workload
     hindsight_s: float = 20.0  # of search for each unpredictable workload; 0: no regret
+    num_duel_traces: int = 300  # further ones of each unpredictable workload; 0: no duels
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,16 @@ class Burst:
 
 
 @dataclass(frozen=True)
+class Duel:
+    """Routers on many more traces of an unpredictable workload than those whose plots are drawn.
+
+    Routers differ by less than three traces can tell; all of them serve the same ones.
+    """
+
+    performance: Mapping[str, NDArray[np.float64]]  # (N,) mean of each trace, by way
+
+
+@dataclass(frozen=True)
 class Experiments:
     hard: Sweep
     soft: Sweep
@@ -97,6 +108,7 @@ class Experiments:
     hard_8: Sweep  # the largest model alone on twice the GPUs
     soft_8: Sweep
     unpredictable_8: Burst
+    duels: Mapping[str, Duel] = field(default_factory=dict)  # by workload
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,7 @@ def run_experiments(inputs: Inputs, effort: Effort, progress: Progress) -> Exper
             hard_8=run.sweep("twice the GPUs", doubled(hard), large),
             soft_8=run.sweep("twice the GPUs, soft", doubled(fleets[SOFT]), large),
             unpredictable_8=run.burst("unpredictable-1", doubled(hard), large),
+            duels={name: run.duel(name, hard, ways) for name in unpredictable if effort.num_duel_traces},
         )
     if not effort.hindsight_s:
         return experiments
@@ -152,7 +165,7 @@ def _num_arrivals(inputs: Inputs, effort: Effort) -> int:
     others = 2 + len(inputs.fleet.models)
     hard = others + (inputs.table is not None)
     sweep_ways = (1 + len(inputs.fleet.tasks)) * hard + 2 * others + 2
-    burst_ways = 2 * hard + others + 1
+    burst_ways = 2 * hard + others + 1 + 2 * hard * bool(effort.num_duel_traces)
     arrivals = sum(round(rate * inputs.fleet.rate_scale * STABLE_DURATION_S) for rate in effort.rates_per_s)
     return sweep_ways * arrivals + burst_ways * effort.num_requests
 
@@ -213,15 +226,7 @@ class _Runner:
 
     def burst(self, workload: str, fleet: Fleet, ways: Ways) -> Burst:
         self.bar.describe(f"{workload}, {fleet.deadline_kind}")
-        traces = [
-            generate_workload(
-                workload,
-                fleet,
-                np.random.default_rng([UNPREDICTABLE_SEED, seed]),
-                num_requests=self.effort.num_requests,
-            )
-            for seed in range(self.effort.num_seeds)
-        ]
+        traces = self._traces(workload, fleet, UNPREDICTABLE_SEED, self.effort.num_seeds)
         runs, service = runs_of(traces), self.inputs.service(fleet)
         served = {
             name: serve_many(runs, service, chooser(), self.bar.advance) for name, chooser in ways.items()
@@ -233,6 +238,22 @@ class _Runner:
             performance={name: of_way.performance for name, of_way in served.items()},
             model={name: of_way.model for name, of_way in served.items()},
         )
+
+    def duel(self, workload: str, fleet: Fleet, ways: Ways) -> Duel:
+        self.bar.describe(f"{workload}, {self.effort.num_duel_traces} traces")
+        runs = runs_of(self._traces(workload, fleet, DUEL_SEED, self.effort.num_duel_traces))
+        service = self.inputs.service(fleet)
+        means = {
+            name: serve_many(runs, service, chooser(), self.bar.advance).performance.mean(axis=1)
+            for name, chooser in ways.items()
+        }
+        return Duel(means)
+
+    def _traces(self, workload: str, fleet: Fleet, seed: int, num_traces: int) -> list[Requests]:
+        rngs = [np.random.default_rng([seed, nth]) for nth in range(num_traces)]
+        return [
+            generate_workload(workload, fleet, rng, num_requests=self.effort.num_requests) for rng in rngs
+        ]
 
 
 def _static(model: int) -> Callable[[], Chooser]:

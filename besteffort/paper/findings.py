@@ -1,5 +1,6 @@
 """The figures that the paper's text and tables state, out of the experiments; pure arithmetic."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from besteffort.paper import published
-from besteffort.paper.experiments import HINDSIGHT, POLICY, Burst, Curves, Experiments, Sweep, static_name
+from besteffort.paper.experiments import (
+    HINDSIGHT,
+    POLICY,
+    Burst,
+    Curves,
+    Duel,
+    Experiments,
+    Sweep,
+    static_name,
+)
 from besteffort.report.summary import WINDOW_THRESHOLDS, count_windows, window_performance
 
 AVAILABLE = 0.95  # share of the deadlines that are met
@@ -135,6 +145,27 @@ def largest_shortfall(sweep: Sweep, way: str = POLICY) -> tuple[float, float, st
     return float(gaps[row, column]), float(sweep.rates_per_s[column]), names[int(row)]
 
 
+@dataclass(frozen=True)
+class Lead:
+    """Of the policy over another way, in mean performance."""
+
+    other: str
+    mean: float
+    half_width: float  # of the 95 % interval, by the differences on single traces
+
+
+def leads(duel: Duel) -> list[Lead]:
+    """The smallest first; on one trace an interval is as wide as can be."""
+    found = []
+    for other, performance in duel.performance.items():
+        apart = duel.performance[POLICY] - performance
+        num = len(apart)
+        half = 1.96 * float(np.std(apart, ddof=1)) / math.sqrt(num) if num > 1 else math.inf
+        if other != POLICY:
+            found.append(Lead(other, float(apart.mean()), half))
+    return sorted(found, key=lambda lead: lead.mean)
+
+
 def mean_and_std(
     values: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -164,6 +195,10 @@ def as_plain(experiments: Experiments) -> dict[str, object]:
     return {
         "stable": {name: _plain_sweep(sweep) for name, sweep in sweeps.items()},
         "unpredictable": {name: _plain_burst(burst) for name, burst in bursts.items()},
+        "duels": {
+            name: {way: of_way.round(6).tolist() for way, of_way in duel.performance.items()}
+            for name, duel in experiments.duels.items()
+        },
         "most_windows": {
             name: {threshold: bound.tolist() for threshold, bound in burst.most_windows.items()}
             for name, burst in bursts.items()

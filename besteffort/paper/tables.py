@@ -24,6 +24,7 @@ from besteffort.paper.findings import (
     availability_per_s,
     hardware_utility,
     largest_shortfall,
+    leads,
     most_windows_ratio,
     regret,
     soft_increase,
@@ -281,6 +282,13 @@ def _own_rows(experiments: Experiments) -> list[list[str]]:
     gap, rate_per_s, other = largest_shortfall(experiments.hard)
     rows = [[f"stable, hard: most that the policy is below another router ({other}, {rate_per_s:g}/s)",
              NOTHING, f"{gap:+.4f}"]]  # fmt: skip
+    for name, duel in experiments.duels.items():
+        lead, num_traces = leads(duel)[0], len(duel.performance[POLICY])
+        what = (
+            f"{name}, {num_traces} further traces: mean performance, policy less the best other router "
+            f"({lead.other}), 95 % interval"
+        )
+        rows.append([what, NOTHING, f"{lead.mean:+.5f} ± {lead.half_width:.5f}"])
     for name, spread in regret(experiments).items():
         what = f"{name}: regret against the best plan found in hindsight"
         rows.append([what, NOTHING, _spread(spread, 2, percent=True)])
