@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from besteffort.errors import ProfileError, UsageError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.latency import Latency, Sample, Served, fit_latency, fitted_ms
 from besteffort.latency.samples import spread_of
-from besteffort.profiling import doubts, origin_of, plan_runs
+from besteffort.profiling import Run, doubts, measuring, origin_of, plan_runs
 from besteffort.profiling.measuring import Cell
 from besteffort.profiling.plot import plot_profile
 from besteffort.profiling.service import with_scales
 from besteffort.profiling.verdict import choice, crossings, suggest_deadlines
+from besteffort.progress import Silent
 from besteffort.request import Requests
 from besteffort.simulator import simulate_choices
 from besteffort.stages.gpu_fleet import gpu_fleet
@@ -266,6 +268,25 @@ def test_requests_come_and_go_and_each_is_noted() -> None:
         assert [one.at_s for one in served] == sorted(one.at_s for one in served)
         assert all(one.latency_ms_per_token >= 2.0 for one in served)  # it sleeps that long for each token
         assert {one.num_output_tokens for one in served} <= {2, 3, 4, 5}
+
+
+def test_each_service_is_measured_a_second_time_when_all_is_measured(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SERVICE_S", (0.3, 0.3, 0.3))
+    runs = [Run("service", (0,), (2,), 8, needed=True), Run("prefill", (0,), (1,), 8, needed=True)]
+    with serving(FakeEngine("played", 0.002, counts=True).app) as url:
+        effort = measuring.Effort(60.0, precision=10.0, ends_at=time.monotonic() + 60.0)
+        rng, noted = np.random.default_rng(0), list[int]()
+        cells = asyncio.run(
+            measuring.measure_fleet(
+                fleet, url, runs, effort, lambda cells: noted.append(len(cells)), rng, Silent()
+            )
+        )
+    assert [cell.num_times for cell in cells] == [2, 1]
+    assert noted == [1, 2, 2]
+    gaps_s = np.diff([one.at_s for one in cells[0].served[0]])
+    assert gaps_s.max() > 20.0  # for the simulator they are two services
 
 
 def test_prompts_join_a_batch_of_a_fast_engine_too() -> None:

@@ -35,7 +35,8 @@ def draw_groups(
 ) -> list[Group]:
     """Steady ones at every knot, short ones, unpredictable ones of either kind, and pieces of the traces.
 
-    `times` as many of the random ones as the recipe says, with the same weights. The short ones weigh much: what a calm fleet gives away is little, and shall be none.
+    `times` as many of the random ones as the recipe says, with the same weights. The short ones weigh much:
+    what a calm fleet gives away is little, and shall be none.
     """
     steady, short, piece_rng, *others = rng.spawn(3 + 2 * times * recipe.num_unpredictable)
 

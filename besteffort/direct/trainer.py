@@ -168,16 +168,14 @@ class DirectTrainer:
         if nth_pass == self._nth_pass:
             return
         self._nth_pass = nth_pass
-        recipe = self._recipe
         self._searched, self._checked = (
-            Objective(
-                draw_groups(self._workloads, recipe, np.random.default_rng([self._seed, 2, nth, nth_pass]), times=times),
-                self._service,
-                self._encoding,
-                recipe.num_threads,
-            )
-            for nth, times in enumerate((1, recipe.num_times_checked))
+            self._objective(np.random.default_rng([self._seed, 2, nth, nth_pass]), times)
+            for nth, times in enumerate((1, self._recipe.num_times_checked))
         )
+
+    def _objective(self, rng: np.random.Generator, times: int) -> Objective:
+        groups = draw_groups(self._workloads, self._recipe, rng, times=times)
+        return Objective(groups, self._service, self._encoding, self._recipe.num_threads)
 
     def _end_pass(self, nth_pass: int) -> None:
         training = self.training
