@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
-from besteffort.engines.running import Engine
 from besteffort.router.asked import Asked
 from besteffort.router.decision_log import DecisionLog, Entry
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
@@ -46,7 +45,7 @@ class Shared(Protocol):
     receipts: Receipts
     turnover: Turnover
 
-    def upstream_of(self, engine: Engine) -> Upstream: ...
+    def upstream_of(self, route: Route) -> Upstream: ...
 
 
 class Exchange:
@@ -94,7 +93,7 @@ class Exchange:
             raise
 
     def _send(self) -> None:
-        upstream = self._proxy.upstream_of(self._route.engine)
+        upstream = self._proxy.upstream_of(self._route)
         due_at = None if self._call is None else self._call.total_due_at  # all tries together have that long
         self._call = upstream.send(lambda: self._rewritten(upstream), self, due_at)
         if self._paused:

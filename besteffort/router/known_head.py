@@ -18,11 +18,12 @@ class KnownHead:
     it said of the first message it would say of this one.
     """
 
-    __slots__ = ("_after", "_before")
+    __slots__ = ("_after", "_before", "_begin", "_last")
 
     def __init__(self, before: bytes, after: bytes) -> None:
-        self._before = before
-        self._after = after
+        self._before, self._after = before, after
+        self._begin = len(before)  # of the digits
+        self._last = self._begin + _MAX_DIGITS + len(after)
 
     @classmethod
     def of(cls, message: bytes, max_head: int) -> Self | None:
@@ -37,13 +38,11 @@ class KnownHead:
 
     def body_in(self, message: bytes) -> bytes | None:
         """None where these bytes are not this head and a body of the length that it states, or are more."""
-        before, after = self._before, self._after
-        if not message.startswith(before):
+        begin, after = self._begin, self._after
+        if not message.startswith(self._before):
             return None
-        begin = len(before)
-        end = message.find(after, begin, begin + _MAX_DIGITS + len(after))
-        digits = message[begin : max(begin, end)]
-        if not digits.isdigit():  # nor are none
+        end = message.find(after, begin, self._last)
+        if end < 0:
             return None
-        body = message[end + len(after) :]
-        return body if len(body) == int(digits) else None
+        digits, body = message[begin:end], message[end + len(after) :]
+        return body if digits.isdigit() and int(digits) == len(body) else None

@@ -37,10 +37,12 @@ class ResponseReader:
     def expect(self, taker: Taker) -> None:
         self._taker = taker
         self._untouched = True  # not a byte of the answer has come
-        self._silent = 0
         self.complete = self.has_begun = self.reusable = False
-        self._interim = False
         self._has_head = False
+
+    def _clear(self) -> None:
+        self._silent = 0
+        self._interim = False
         self._num_interim = 0
         self._length: int | None = None
         self._chunked = self._bodiless = False
@@ -64,6 +66,7 @@ class ResponseReader:
             return
         self._untouched = False
         if self._known is None or (body := self._known.body_in(data)) is None:
+            self._clear()
             self._parse(data)
             if self.complete and self.reusable and not self._bodiless:
                 self._remember(data)
@@ -79,7 +82,6 @@ class ResponseReader:
         status, headers = first
         taker = self._taker
         assert taker is not None, "an answer is somebody's"
-        self._has_head = True
         taker.on_head(status, headers, len(body))
         self.has_begun = True
         if body and self._taker is not None:  # else the head was enough to leave it
