@@ -11,6 +11,14 @@ _MAX_DIGITS = 9
 _MAX_HEAD = 4096  # bytes; of a longer one too much would be kept
 
 
+def is_to_be_kept(num_missed: int) -> bool:
+    """Whether to try with the next head, after so many in a row that were not known: less and less often.
+
+    There are clients whose heads never come again, and keeping one costs as much as half of parsing it.
+    """
+    return num_missed & (num_missed - 1) == 0
+
+
 class KnownHead:
     """The bytes before and after that length, from a message that a parser took.
 

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import httptools
 
-from besteffort.router.known_head import KnownHead
+from besteffort.router.known_head import KnownHead, is_to_be_kept
 from besteffort.router.limits import Limits
 from besteffort.router.message import Refusal, Reply, Request
 from besteffort.router.openai_errors import error_reply
@@ -46,6 +46,7 @@ class RequestReader:
         self.in_message = False
         self._known: KnownHead | None = None  # and the request that began with it
         self._first: Request
+        self._num_missed = 0  # heads in a row that were not known
         self._last: Request | None = None  # of those that were not refused
         self._clear()
 
@@ -71,7 +72,9 @@ class RequestReader:
             last = self._last
             self._parse(data)
             if self._last is not None and self._last is not last and not self.in_message:
-                self._remember(self._last, data)
+                self._num_missed += 1
+                if is_to_be_kept(self._num_missed):
+                    self._remember(self._last, data)
         else:
             self._take_again(self._first, body)
 
@@ -85,7 +88,7 @@ class RequestReader:
     def _take_again(self, first: Request, body: bytes) -> None:
         """A request with the same head as one that was not refused for it."""
         request = Request(first.method, first.target, first.headers, first.http_1_1, True, body, first.notes)
-        self._silent = 0
+        self._silent = self._num_missed = 0
         self._count(len(body))
         self._num_body = 0  # from here on it is the request's
         self._owner.request_ended(request, None)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import httptools
 
-from besteffort.router.known_head import KnownHead
+from besteffort.router.known_head import KnownHead, is_to_be_kept
 from besteffort.router.message import Header
 
 _CHUNKED = b"chunked"
@@ -31,6 +31,7 @@ class ResponseReader:
         self._parser = httptools.HttpResponseParser(self)
         self._known: KnownHead | None = None  # and the answer that began with it
         self._first: tuple[int, tuple[Header, ...]]
+        self._num_missed = 0  # heads in a row that were not known
         self.complete = self.reusable = self.has_begun = True
         self._untouched = False
 
@@ -69,7 +70,9 @@ class ResponseReader:
             self._clear()
             self._parse(data)
             if self.complete and self.reusable and not self._bodiless:
-                self._remember(data)
+                self._num_missed += 1
+                if is_to_be_kept(self._num_missed):
+                    self._remember(data)
         else:
             self._take_again(self._first, body)
 
@@ -79,13 +82,15 @@ class ResponseReader:
         self._first = self._status, tuple(self._headers)
 
     def _take_again(self, first: tuple[int, tuple[Header, ...]], body: bytes) -> None:
+        self._num_missed = 0
         status, headers = first
         taker = self._taker
         assert taker is not None, "an answer is somebody's"
         taker.on_head(status, headers, len(body))
-        self.has_begun = True
-        if body and self._taker is not None:  # else the head was enough to leave it
-            self._taker.on_body(body)
+        if body:
+            self.has_begun = True
+            if self._taker is not None:  # else the head was enough to leave it
+                self._taker.on_body(body)
         self.complete = self.reusable = True
 
     def _parse(self, data: bytes) -> None:
