@@ -8,7 +8,7 @@ from typing import Self
 
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?(\d{1,9})\r\n")
 _MAX_DIGITS = 9
-_MAX_HEAD = 4096  # bytes; of a longer one too much would be kept
+_MAX_HEAD = 2048  # bytes; of longer ones too much would be kept, one for each connection
 
 
 def is_to_be_kept(num_missed: int) -> bool:

@@ -82,6 +82,7 @@ class ResponseReader:
         self._first = self._status, tuple(self._headers)
 
     def _take_again(self, first: tuple[int, tuple[Header, ...]], body: bytes) -> None:
+        """An answer with the same head. Its headers state the first one's length, which nobody passes on."""
         self._num_missed = 0
         status, headers = first
         taker = self._taker
