@@ -5,11 +5,11 @@ Once for a whole trace, for the simulator, and once as arrivals come, for the ro
 
 from collections import deque
 from collections.abc import Sequence
-from math import exp
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from besteffort.kernels import count_arrival
 
 NUM_GAPS = 5
 # Real traces hold bursts with equal time stamps, whose rate has no bound; this is as fast as it gets.
@@ -31,12 +31,12 @@ class RecentRates:
     """Arrivals per second over several spans at once, older ones counting less and less."""
 
     def __init__(self, spans_s: Sequence[float]) -> None:
-        self._spans_s = np.array(spans_s, dtype=np.float64)
-        self._counts = np.zeros(len(self._spans_s))
-        self._rates_per_s = np.zeros(len(self._spans_s))
+        self.spans = np.zeros((3, len(spans_s)))
+        """As `count_arrival` takes them"""
+        self.spans[0] = spans_s
         self._last_at = 0.0
-        _count_arrival(self._counts, self._rates_per_s, self._spans_s, np.inf)  # compiled now
-        self._counts[:] = 0.0
+        count_arrival(self.spans, np.inf)  # compiled now
+        self.spans[1:] = 0.0
 
     def observe(self, arrived_at: float) -> NDArray[np.float64]:
         """Note an arrival (seconds, not before the last one).
@@ -44,27 +44,20 @@ class RecentRates:
         Returns:
             One rate per second for each span, `(S,)`, good until the next call.
         """
+        count_arrival(self.spans, self.elapsed_s(arrived_at))
+        rates_per_s: NDArray[np.float64] = self.spans[2]
+        return rates_per_s
+
+    def elapsed_s(self, arrived_at: float) -> float:
+        """Since the last arrival; this one is the last from now on, and has to be counted."""
         elapsed_s, self._last_at = arrived_at - self._last_at, arrived_at
-        _count_arrival(self._counts, self._rates_per_s, self._spans_s, elapsed_s)
-        return self._rates_per_s
+        return elapsed_s
 
     def remember(self, arrived_at: NDArray[np.float64]) -> None:
         """Begin as if these arrivals, `(N,)` seconds, had been observed, and none before; at least one."""
         self._last_at = float(arrived_at[-1])
         ages_s = self._last_at - arrived_at
-        self._counts[:] = [np.exp(-ages_s / span_s).sum() for span_s in self._spans_s]
-
-
-@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _count_arrival(
-    counts: NDArray[np.float64],
-    rates_per_s: NDArray[np.float64],
-    spans_s: NDArray[np.float64],
-    elapsed_s: float,
-) -> None:
-    for nth in range(len(counts)):
-        counts[nth] = counts[nth] * exp(-elapsed_s / spans_s[nth]) + 1.0
-        rates_per_s[nth] = counts[nth] / spans_s[nth]
+        self.spans[1] = [np.exp(-ages_s / span_s).sum() for span_s in self.spans[0]]
 
 
 def recent_rates_per_s(arrived_at: NDArray[np.float64], spans_s: Sequence[float]) -> NDArray[np.float64]:
@@ -85,5 +78,5 @@ class ArrivalRateEstimator:
         num_gaps = len(self._arrived_at) - 1
         if num_gaps == 0:
             return 0.0
-        span_s = arrived_at - self._arrived_at[0]
-        return num_gaps / max(span_s, num_gaps / MAX_RATE_PER_S)
+        span_s, shortest_s = arrived_at - self._arrived_at[0], num_gaps / MAX_RATE_PER_S
+        return num_gaps / (span_s if span_s > shortest_s else shortest_s)  # quicker than `max`

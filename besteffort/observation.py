@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from besteffort.kernels import write_fleet_row
+
 
 @dataclass(slots=True)  # not frozen: it would take three times as long to make
 class Observation:
@@ -134,7 +136,7 @@ class FleetRow:
 
     def __init__(self, encoding: FleetEncoding) -> None:
         scales = encoding.CLIP, encoding.rate_scale_per_s, encoding.NUM_LEVELS
-        self._scales = np.array([*scales, *encoding.in_flight_scale], dtype=np.float64)
+        self.scales = np.array([*scales, *encoding.in_flight_scale], dtype=np.float64)
 
     def write(
         self,
@@ -150,8 +152,8 @@ class FleetRow:
         if seen.neighbours is None:
             raise ValueError("this policy needs to see the neighbours")
         rate_per_s = seen.arrival_rate_per_s
-        _write_fleet_row(
-            row, self._scales, seen.task, rate_per_s, recent_rates_per_s, seen.batch_sizes, seen.neighbours
+        write_fleet_row(
+            row, self.scales, seen.task, rate_per_s, recent_rates_per_s, seen.batch_sizes, seen.neighbours
         )
 
 
@@ -186,31 +188,3 @@ def _write_paper_row(
     for model in range(len(batch_sizes)):
         row[num_tasks + model] = min(batch_sizes[model] / batch_scale, clip)
     row[num_tasks + len(batch_sizes)] = min(rate_per_s / rate_scale_per_s, clip)
-
-
-@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _write_fleet_row(
-    row: NDArray[np.float32],
-    scales: NDArray[np.float64],
-    task: int,
-    rate_per_s: float,
-    recent_rates_per_s: NDArray[np.float64],
-    batch_sizes: NDArray[np.float64],
-    neighbours: NDArray[np.float64],
-) -> None:
-    num_models, num_rates = len(batch_sizes), 1 + len(recent_rates_per_s)
-    clip, rate_scale_per_s, num_levels, in_flight_scale = scales[0], scales[1], scales[2], scales[3:]
-    for model in range(num_models):
-        row[model] = min(batch_sizes[model] / in_flight_scale[model], clip)
-        row[num_models + model] = 0.5 * np.log1p(batch_sizes[model])
-        for other in range(num_models):
-            row[(2 + model) * num_models + other] = 0.5 * np.log1p(neighbours[model, other])
-    of_request = row[(2 + num_models) * num_models :]
-    num_tasks = len(of_request) - 2 * num_rates
-    of_request[:num_tasks] = 0.0
-    of_request[task] = 1.0
-    of_rates = of_request[num_tasks:]
-    for nth in range(num_rates):
-        scaled = (rate_per_s if nth == 0 else recent_rates_per_s[nth - 1]) / rate_scale_per_s
-        of_rates[nth] = min(scaled, clip)
-        of_rates[num_rates + nth] = 0.5 * np.log(min(num_levels * scaled, 1000.0) + 0.1)

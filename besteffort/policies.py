@@ -20,6 +20,7 @@ from besteffort.artifacts.thresholds_file import load_thresholds
 from besteffort.deadline import deadline_weight
 from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet, Task
+from besteffort.kernels import choose
 from besteffort.latency import Latency
 from besteffort.observation import Encoding, FleetEncoding, FleetRow, Observation
 from besteffort.q_network import Decider, QNetwork
@@ -202,13 +203,20 @@ class LearnedOnFleet(HasQValues):
         self._row = FleetRow(encoding)
         self._decider = Decider(network)
         self._rates = RecentRates(encoding.spans_s)
-        rates_per_s = np.zeros(len(encoding.spans_s))
-        self._row.write(_idle(encoding.num_models), rates_per_s, self._decider.inputs)  # as above
+        self.choose(_idle(encoding.num_models))  # as above
+        self._rates = RecentRates(encoding.spans_s)
 
     def choose(self, observation: Observation) -> int:
-        rates_per_s = self._rates.observe(observation.arrived_at)
-        self._row.write(observation, rates_per_s, self._decider.inputs)
-        return _highest(self._decider(), observation.closed)
+        """What the three would say one after the other."""
+        if observation.neighbours is None:
+            raise ValueError("this policy needs to see the neighbours")
+        rates, decider = self._rates, self._decider
+        chosen = choose(
+            rates.spans, rates.elapsed_s(observation.arrived_at), self._row.scales,
+            observation.task, observation.arrival_rate_per_s, observation.batch_sizes, observation.neighbours,
+            decider.sizes, decider.parameters, decider.values,
+        )  # fmt: skip
+        return _highest(decider.q_values, observation.closed) if observation.closed else int(chosen)
 
     def remember(self, arrived_at: NDArray[np.float64]) -> None:
         self._rates.remember(arrived_at)

@@ -4,8 +4,9 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from besteffort.kernels import feed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,40 +51,16 @@ class Decider:
         # One array for all layers: each argument of a compiled function costs time.
         pairs = zip(network.weights, network.biases, strict=True)
         layers = [np.ravel(part) for pair in pairs for part in pair]
-        self._parameters = np.concatenate(layers, dtype=np.float32)
-        self._sizes = np.array([network.num_inputs, *(len(bias) for bias in network.biases)])
-        self._values = np.zeros(self._sizes.sum(), dtype=np.float32)
-        self.inputs = self._values[: network.num_inputs]
+        self.parameters = np.concatenate(layers, dtype=np.float32)
+        self.sizes = np.array([network.num_inputs, *(len(bias) for bias in network.biases)])
+        self.values = np.zeros(self.sizes.sum(), dtype=np.float32)
+        self.inputs = self.values[: network.num_inputs]
         """(I,) to be written before each call"""
-        self.q_values = self._values[-network.num_outputs :]
+        self.q_values = self.values[-network.num_outputs :]
         """(M,) of the last call"""
         self()
 
     def __call__(self) -> NDArray[np.float32]:
         """Q-values `(M,)` of `inputs`, good until the next call."""
-        _feed(self._sizes, self._parameters, self._values)
+        feed(self.sizes, self.parameters, self.values)
         return self.q_values
-
-
-@njit(cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _feed(sizes: NDArray[np.int64], parameters: NDArray[np.float32], values: NDArray[np.float32]) -> None:
-    """Inner loops run along rows, so that they are vectorised; half of the hidden values are 0."""
-    last = len(sizes) - 2
-    read, written = 0, 0
-    for layer in range(last + 1):
-        num_given, num_taken = sizes[layer], sizes[layer + 1]
-        given = values[written : written + num_given]
-        written += num_given
-        taken = values[written : written + num_taken]
-        weight = parameters[read : read + num_given * num_taken].reshape(num_given, num_taken)
-        read += num_given * num_taken
-        taken[:] = parameters[read : read + num_taken]
-        read += num_taken
-        for i in range(num_given):
-            value = given[i]
-            if value != 0.0:
-                for j in range(num_taken):
-                    taken[j] += value * weight[i, j]
-        if layer < last:
-            for j in range(num_taken):
-                taken[j] = max(taken[j], np.float32(0.0))

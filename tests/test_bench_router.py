@@ -6,7 +6,13 @@ import sys
 
 from tests.conftest import ROOT
 
-OURS = ("no router", "besteffort", "besteffort, round robin", "the same behind uvicorn")
+OURS = (
+    "no router",
+    "besteffort",
+    "with its decision log",
+    "besteffort, round robin",
+    "the same behind uvicorn",
+)
 
 
 def test_the_benchmark_of_routers_ends_with_a_figure_in_every_place() -> None:

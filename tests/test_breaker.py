@@ -4,6 +4,8 @@ import contextlib
 import functools
 import http.client
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -151,7 +153,10 @@ def accepts(port: int) -> bool:
 def test_when_a_node_with_all_replicas_but_one_is_killed_no_request_fails(fleet: Fleet) -> None:
     with contextlib.ExitStack() as stack:
         killed = [free_port() for _ in range(5)]
-        node = [subprocess.Popen([sys.executable, "-S", "-c", _ACCEPTS, str(port)]) for port in killed]
+        node: list[subprocess.Popen[bytes]] = []
+        for port in killed:
+            command = [sys.executable, "-S", "-c", _ACCEPTS, str(port)]
+            node.append(subprocess.Popen(command, process_group=node[0].pid if node else 0))
         for process in node:
             stack.callback(process.wait)
             stack.callback(process.kill)
@@ -166,8 +171,7 @@ def test_when_a_node_with_all_replicas_but_one_is_killed_no_request_fails(fleet:
             body = {"model": "small", "max_tokens": 1}
             asked = [clients.submit(before.ask, **body) for _ in killed]
             wait_for(lambda: dispatcher.in_flight[0] == [1, 1, 1, 1, 1, 0])
-            for process in node:
-                process.kill()
+            os.killpg(node[0].pid, signal.SIGKILL)  # all at once: who lives longer would be asked again
             for process in node:
                 process.wait()
             assert {before.ask(**body)[:2] for _ in range(4)} == {(200, "small 5")}

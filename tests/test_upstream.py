@@ -433,7 +433,7 @@ def test_a_client_that_does_not_read_stops_the_next_engine_s_answer_too(
             with pytest.raises(TimeoutError):
                 client.recv(1)
             client.settimeout(20)
-            loop = exchanges[0]._proxy.upstream_of(dead).loop
+            loop = exchanges[0]._proxy.upstream_of(exchanges[0]._route).loop
             loop.call_soon_threadsafe(exchanges[0].resume)
             assert read_response(client)[0].status == 200
 

@@ -10,7 +10,7 @@ PREFIX = RESERVED_NAME
 _MAX_SHOWN = 100  # characters of what a client gave
 
 
-@dataclass(slots=True)
+@dataclass(slots=True)  # not frozen, for speed; but requests share them
 class Address:
     task: int
     pinned: int | None  # a model asked for by its own name
@@ -34,11 +34,11 @@ class Addresses:
 
     def __init__(self, fleet: Fleet) -> None:
         self._tasks = {name: task for task, name in enumerate(fleet.task_names)}
-        routed = {PREFIX: None, **{f"{PREFIX}/{name}": task for name, task in self._tasks.items()}}
-        self._by_model: dict[Any, tuple[int | None, int | None]] = {
-            None: (None, None),
-            **{name: (task, None) for name, task in routed.items()},
-            **{name: (None, model) for model, name in enumerate(fleet.model_names)},
+        routed = {PREFIX: 0, **{f"{PREFIX}/{name}": task for name, task in self._tasks.items()}}
+        self._by_model: dict[Any, Address] = {  # where no header names the task
+            None: Address(0, None),
+            **{name: Address(task, None) for name, task in routed.items()},
+            **{name: Address(0, model) for model, name in enumerate(fleet.model_names)},
         }
         self._ids = model_ids(fleet)
 
@@ -52,13 +52,13 @@ class Addresses:
         if found is None:
             message = f"The model {_shown(model)} does not exist; give one of {', '.join(self._ids)}"
             raise UnknownAddressError(message, "model")
-        task, pinned = found
-        if header is not None:
-            task = self._tasks.get(header)
-            if task is None:
-                message = f"The task {_shown(header)} does not exist; give one of {', '.join(self._tasks)}"
-                raise UnknownAddressError(message, TASK_HEADER)
-        return Address(task or 0, pinned)
+        if header is None:
+            return found
+        task = self._tasks.get(header)
+        if task is None:
+            message = f"The task {_shown(header)} does not exist; give one of {', '.join(self._tasks)}"
+            raise UnknownAddressError(message, TASK_HEADER)
+        return Address(task, found.pinned)
 
 
 def _shown(given: Any) -> str:

@@ -14,6 +14,16 @@ _TASK = TASK_HEADER.encode()
 _DEADLINE = DEADLINE_HEADER.encode()
 _RECEIPT = RECEIPT_HEADER.encode()
 _MAX_DEADLINE_MS = 1e6
+_NOTE = "asked"  # of a request: what its head asks for
+
+
+@dataclass(slots=True)
+class _Head:
+    """What the head alone asks for, where there is nothing wrong with it."""
+
+    task: str | None
+    deadline_ms_per_token: float | None  # its own
+    streams_receipt: bool
 
 
 @dataclass(slots=True)
@@ -31,31 +41,43 @@ class AskedReader:
     """Reads requests to one fleet."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+        self._deadlines = [task.deadline_ms_per_token for task in fleet.tasks]
         self._addresses = Addresses(fleet)
 
     def read(self, request: Request, request_id: bytes) -> Asked:
         """Raises Refusal."""
-        headers = request.headers
-        media_type = headers.get(b"content-type")
-        if media_type is not None and media_type.partition(b";")[0].strip().lower() != b"application/json":
-            raise Refusal(error_reply(415, "The body must be application/json", "unsupported_media_type"))
-        task = headers.get(_TASK)
+        noted: _Head | None = request.notes.get(_NOTE)
+        task = _task(request.headers) if noted is None else noted.task
         try:
             body = RequestBody(request.body)
-            address = self._addresses.read(None if task is None else task.decode("latin-1"), body.model)
+            address = self._addresses.read(task, body.model)
         except ValueError:
             raise Refusal(error_reply(400, "The body is not a JSON object", "invalid_json")) from None
         except UnknownAddressError as error:
             raise Refusal(error_reply(404, str(error), "model_not_found", error.param)) from None
-        deadline = _deadline(headers.get(_DEADLINE), self._fleet.tasks[address.task].deadline_ms_per_token)
-        return Asked(address, deadline, body, request_id, _streams_receipt(headers.get(_RECEIPT)))
+        if noted is None:
+            deadline, streams = _deadline(request.headers), _streams_receipt(request.headers)
+            noted = request.notes[_NOTE] = _Head(task, deadline, streams)
+        deadline = noted.deadline_ms_per_token
+        if deadline is None:
+            deadline = self._deadlines[address.task]
+        return Asked(address, deadline, body, request_id, noted.streams_receipt)
 
 
-def _deadline(given: bytes | None, of_task: float) -> float:
+def _task(headers: dict[bytes, bytes]) -> str | None:
+    """Raises Refusal: what follows is said to be something else than JSON."""
+    media_type = headers.get(b"content-type")
+    if media_type is not None and media_type.partition(b";")[0].strip().lower() != b"application/json":
+        raise Refusal(error_reply(415, "The body must be application/json", "unsupported_media_type"))
+    task = headers.get(_TASK)
+    return None if task is None else task.decode("latin-1")
+
+
+def _deadline(headers: dict[bytes, bytes]) -> float | None:
     """Raises Refusal: what was given is no positive number of milliseconds."""
+    given = headers.get(_DEADLINE)
     if given is None:
-        return of_task
+        return None
     try:
         deadline = float(given)
     except ValueError:
@@ -66,8 +88,9 @@ def _deadline(given: bytes | None, of_task: float) -> float:
     return deadline
 
 
-def _streams_receipt(given: bytes | None) -> bool:
+def _streams_receipt(headers: dict[bytes, bytes]) -> bool:
     """Raises Refusal: what was given is nothing that can be asked for."""
+    given = headers.get(_RECEIPT)
     if given is None or given == STREAMED:
         return given is not None
     message = f"{RECEIPT_HEADER} must be {STREAMED.decode()!r}, or not be there"

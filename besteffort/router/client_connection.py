@@ -279,13 +279,12 @@ class ClientConnection(asyncio.Protocol):
         self._chunked = length is None and request.http_1_1 and not self._bodiless
         if length is None and not (self._chunked or self._bodiless):
             request.keep_alive = False  # the end of the connection is the end of the body
-        self._out += (status_line(status), headers, _connection_line(request))
+        ends = b"\r\n"
         if self._chunked:
-            self._out.append(b"transfer-encoding: chunked\r\n\r\n")
+            ends = b"transfer-encoding: chunked\r\n\r\n"
         elif length is not None and not self._bodiless:
-            self._out.append(b"content-length: %d\r\n\r\n" % length)
-        else:
-            self._out.append(b"\r\n")
+            ends = b"content-length: %d\r\n\r\n" % length
+        self._out.append(status_line(status) + headers + _connection_line(request) + ends)
 
     def write(self, data: bytes) -> None:
         if self._chunked:

@@ -4,9 +4,9 @@ import contextlib
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
-from besteffort.engines.running import Engine
 from besteffort.router.asked import Asked
 from besteffort.router.decision_log import DecisionLog, Entry
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
@@ -24,6 +24,7 @@ from besteffort.router.upstream import Call, Fault, Upstream
 _ERROR_EVENT = re.compile(rb'data: ?\{"error": ?\{.*"code": ?(5\d\d)\b')
 _ERROR_BEGINS = (b'data: {"error"', b'data:{"error"')
 _MAX_ERROR = 16_384  # bytes; a longer one is passed on
+_NUM_HEADS = 64  # of answers, that are kept
 # Headers that speak of one connection and not of the answer (RFC 9110, Sec. 7.6.1), and those that
 # are written anew.
 _NOT_PASSED_OUT = frozenset(
@@ -44,7 +45,7 @@ class Shared(Protocol):
     receipts: Receipts
     turnover: Turnover
 
-    def upstream_of(self, engine: Engine) -> Upstream: ...
+    def upstream_of(self, route: Route) -> Upstream: ...
 
 
 class Exchange:
@@ -64,7 +65,7 @@ class Exchange:
         self._route: Route
         self._entry: Entry | None = None  # if there is a log
         self._call: Call | None = None
-        self._head: tuple[list[bytes], int | None]  # lines, and the body's length
+        self._head: tuple[bytes, int | None]  # lines, and the body's length
         self._tokens: TokenCount | None = None
         self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
         self._tries: Tries | None = None  # none has failed
@@ -92,7 +93,7 @@ class Exchange:
             raise
 
     def _send(self) -> None:
-        upstream = self._proxy.upstream_of(self._route.engine)
+        upstream = self._proxy.upstream_of(self._route)
         due_at = None if self._call is None else self._call.total_due_at  # all tries together have that long
         self._call = upstream.send(lambda: self._rewritten(upstream), self, due_at)
         if self._paused:
@@ -121,8 +122,8 @@ class Exchange:
         if status >= 500 and self._is_given_to_another(status):
             return
         self._status = status
-        lines, self._streams = _passed_out(headers)
-        self._head = lines, length
+        lines, self._streams, dated = _passed_out(tuple(headers))
+        self._head = lines if dated else lines + date_line(), length
         # vLLM sends the head of a stream when it has taken the request, and then lets it wait.
         if not self._streams or status >= 400:
             self._begin(status)
@@ -259,9 +260,9 @@ class Exchange:
             self._entry.begin()
         self._asked.body.let_go()
         receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
-        lines += (receipt, b"x-request-id: %b\r\n" % self._asked.request_id)
         self._begun = True
-        self._responder.begin(self._status, b"".join(lines), length)
+        lines = b"%b%bx-request-id: %b\r\n" % (lines, receipt, self._asked.request_id)
+        self._responder.begin(self._status, lines, length)
 
     def _is_given_to_another(self, status: int) -> bool:
         """Whether another replica is asked, since it may have a better answer than this one's 5xx."""
@@ -396,8 +397,12 @@ def _may_become_an_error(begun: bytes) -> bool:
     return any(begun.startswith(words[: len(begun)]) for words in _ERROR_BEGINS)
 
 
-def _passed_out(headers: Sequence[Header]) -> tuple[list[bytes], bool]:
-    """The lines of an answer's head that go to the client, and whether the answer is a stream."""
+@lru_cache(maxsize=_NUM_HEADS)
+def _passed_out(headers: tuple[Header, ...]) -> tuple[bytes, bool, bool]:
+    """The lines of an answer's head that go to the client, whether it is a stream, and whether it has a date.
+
+    Kept, since one answer of an engine begins like the last one, for a second at least.
+    """
     dropped, lines, streams, dated = _NOT_PASSED_OUT, [], False, False
     for name, value in headers:
         if name == b"connection":
@@ -410,6 +415,4 @@ def _passed_out(headers: Sequence[Header]) -> tuple[list[bytes], bool]:
             streams = value.startswith(b"text/event-stream")
         elif name == b"date":
             dated = True
-    if not dated:
-        lines.append(date_line())
-    return lines, streams
+    return b"".join(lines), streams, dated

@@ -32,7 +32,7 @@ class Forecast:
         self._steps_per_token: list[float] = (1.0 - 1.0 / num_output_tokens).tolist()  # (T,)
 
     def latency_ms_per_token(
-        self, task: int, model: int, batch_size: int, on_device: Sequence[int]
+        self, task: int, model: int, batch_size: int, on_device: Sequence[float]
     ) -> float | None:
         """Of a request of the task's mean lengths; None without a profile.
 

@@ -35,7 +35,8 @@ class Loads:
         self._batch_sizes = np.zeros(len(num_replicas))
         self._orders = [_Order(number) for number in num_replicas]
         self._num_devices = num_devices
-        self._on_device = [[0] * len(num_replicas) for _ in range(num_devices)]  # then by model
+        # Then by model; as floats, which numpy takes in half the time.
+        self._on_device = [[0.0] * len(num_replicas) for _ in range(num_devices)]
 
     def add(self, model: int, replica: int, change: int) -> None:
         """Note that so many requests came to the replica, or left it."""
@@ -80,18 +81,19 @@ class Loads:
         """`Observation.batch_sizes`, of the replicas that are up; of all where none is."""
         return self._batch_sizes.copy()
 
-    def on_device(self, replica: int) -> list[int]:
+    def on_device(self, replica: int) -> list[float]:
         """Requests in flight by model, on the device of this replica; to be read only."""
         return self._on_device[replica % self._num_devices]
 
     def neighbours(self) -> NDArray[np.float64]:
         """`Observation.neighbours`."""
-        seen: list[int] = []
+        seen: list[float] = []
+        num_models = len(self._orders)
         for model, order in enumerate(self._orders):
             replica = order.first
             seen += self._on_device[replica % self._num_devices]
-            seen[model - len(self._orders)] = self.in_flight[model][replica]
-        return np.array(seen, dtype=np.float64).reshape(len(self._orders), -1)
+            seen[model - num_models] = float(self.in_flight[model][replica])
+        return np.array(seen).reshape(num_models, num_models)
 
 
 class _Order:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
 Header = tuple[bytes, bytes]
 
@@ -14,7 +14,11 @@ _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in
 
 @dataclass(slots=True)
 class Request:
-    """`target` is a path, with its query cut off; names of headers are in lower case."""
+    """`target` is a path, with its query cut off; names of headers are in lower case.
+
+    Headers and `notes` are shared by requests whose heads are the same: the first never change once they are
+    read, and what is noted may depend on nothing but the head.
+    """
 
     method: bytes
     target: bytes
@@ -22,6 +26,7 @@ class Request:
     http_1_1: bool = True
     keep_alive: bool = True
     body: bytes = b""
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,10 @@ class Handler(Protocol):
     """What the server serves."""
 
     def refuse(self, request: Request) -> Reply | None:
-        """Say from the head alone that the request is refused; its body is then not kept."""
+        """Say from the head alone that the request is refused; its body is then not kept.
+
+        Where nothing is said, it is not asked again of requests with the same head.
+        """
 
     def handle(self, request: Request, responder: Responder) -> Job | None:
         """Answer at once and return None, or return what answers later."""

@@ -30,7 +30,9 @@ class Outbox:
 
     def send(self, transport: asyncio.WriteTransport, parts: Sequence[bytes]) -> None:
         """Write bytes that nobody changes any more."""
-        size = sum(map(len, parts))
+        size = 0
+        for part in parts:
+            size += len(part)
         if size > SMALL:
             self.flush()
             transport.writelines(parts)

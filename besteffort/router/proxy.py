@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from besteffort.engines.running import Engine
 from besteffort.router.asked import AskedReader
 from besteffort.router.decision_log import DecisionLog
-from besteffort.router.dispatcher import Dispatcher, ModelFullError, NoReplicaError
+from besteffort.router.dispatcher import Dispatcher, ModelFullError, NoReplicaError, Route
 from besteffort.router.exchange import Exchange
 from besteffort.router.health import Health
 from besteffort.router.limits import Limits
@@ -48,7 +48,7 @@ class Proxy:
         self.receipts = Receipts(dispatcher)
         self.turnover = Turnover(limits.max_in_flight)
         self._reader = AskedReader(dispatcher.fleet)
-        self._upstreams = upstreams
+        self._upstreams = [[upstreams[engine] for engine in of_model] for of_model in dispatcher.engines]
         self._process = secrets.token_hex(8).encode()
         self._numbers = itertools.count(1)
 
@@ -78,8 +78,8 @@ class Proxy:
         retry_after_s = self.turnover.retry_after_s(self.dispatcher.clock())
         return error_reply(429, "Too many requests", "overloaded", retry_after_s=retry_after_s)
 
-    def upstream_of(self, engine: Engine) -> Upstream:
-        return self._upstreams[engine]
+    def upstream_of(self, route: Route) -> Upstream:
+        return self._upstreams[route.model][route.replica]
 
     def _request_id(self, request: Request) -> bytes:
         given = request.headers.get(b"x-request-id")

@@ -4,6 +4,7 @@ from typing import Protocol
 
 import httptools
 
+from besteffort.router.known_head import KnownHead, is_to_be_kept
 from besteffort.router.limits import Limits
 from besteffort.router.message import Refusal, Reply, Request
 from besteffort.router.openai_errors import error_reply
@@ -43,6 +44,10 @@ class RequestReader:
         self._parser = httptools.HttpRequestParser(self)
         self._silent = 0  # bytes that have brought nothing yet: of a head, a chunk's size, a trailer
         self.in_message = False
+        self._known: KnownHead | None = None  # and the request that began with it
+        self._first: Request
+        self._num_missed = 0  # heads in a row that were not known
+        self._last: Request | None = None  # of those that were not refused
         self._clear()
 
     def _clear(self) -> None:
@@ -61,6 +66,34 @@ class RequestReader:
         Raises:
             Refusal: nothing that comes after can be understood.
         """
+        if self.in_message:
+            self._parse(data)
+        elif self._known is None or (body := self._known.body_in(data)) is None:
+            last = self._last
+            self._parse(data)
+            if self._last is not None and self._last is not last and not self.in_message:
+                self._num_missed += 1
+                if is_to_be_kept(self._num_missed):
+                    self._remember(self._last, data)
+        else:
+            self._take_again(self._first, body)
+
+    def _remember(self, request: Request, message: bytes) -> None:
+        """Where all of these bytes are that request's, one with the same head need not be parsed."""
+        if request.keep_alive and b"expect" not in request.headers:
+            self._known = KnownHead.of(message, self._limits.max_head)
+            request.headers.pop(b"content-length", None)  # which is another one's too from now on
+            self._first = request
+
+    def _take_again(self, first: Request, body: bytes) -> None:
+        """A request with the same head as one that was not refused for it."""
+        request = Request(first.method, first.target, first.headers, first.http_1_1, True, body, first.notes)
+        self._silent = self._num_missed = 0
+        self._count(len(body))
+        self._num_body = 0  # from here on it is the request's
+        self._owner.request_ended(request, None)
+
+    def _parse(self, data: bytes) -> None:
         self._silent += len(data)
         try:
             self._parser.feed_data(data)
@@ -135,18 +168,22 @@ class RequestReader:
         self._silent = 0
         if self._refusal is not None:
             return
-        self._num_body += len(part)
-        self._budget.held += len(part)
-        if self._num_body > self._limits.max_body:
-            raise _refusal(413, f"The body is longer than {self._limits.max_body} bytes", "body_too_large")
-        if self._budget.held > self._budget.limit:
-            raise Refusal(error_reply(429, "Too many large requests at once", "overloaded", retry_after_s=1))
+        self._count(len(part))
         if not self._body:
             self._body = part
         elif isinstance(self._body, bytearray):
             self._body += part
         else:
             self._body = bytearray(self._body + part)
+
+    def _count(self, num_bytes: int) -> None:
+        """Of a body."""
+        self._num_body += num_bytes
+        self._budget.held += num_bytes
+        if self._num_body > self._limits.max_body:
+            raise _refusal(413, f"The body is longer than {self._limits.max_body} bytes", "body_too_large")
+        if self._budget.held > self._budget.limit:
+            raise Refusal(error_reply(429, "Too many large requests at once", "overloaded", retry_after_s=1))
 
     def on_message_complete(self) -> None:
         request = self._request
@@ -156,6 +193,8 @@ class RequestReader:
         request.body, refusal = bytes(self._body), self._refusal
         self._clear()  # from here on all of it is the request's
         self.in_message = False
+        if refusal is None:
+            self._last = request
         self._owner.request_ended(request, refusal)
 
     def _check(self, request: Request, version: str) -> None:

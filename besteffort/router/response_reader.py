@@ -5,6 +5,7 @@ from typing import Protocol
 
 import httptools
 
+from besteffort.router.known_head import KnownHead, is_to_be_kept
 from besteffort.router.message import Header
 
 _CHUNKED = b"chunked"
@@ -28,18 +29,25 @@ class ResponseReader:
         self._max_head = max_head
         self._taker: Taker | None = None
         self._parser = httptools.HttpResponseParser(self)
+        self._known: KnownHead | None = None  # and the answer that began with it
+        self._first: tuple[int, tuple[Header, ...]]
+        self._num_missed = 0  # heads in a row that were not known
         self.complete = self.reusable = self.has_begun = True
+        self._untouched = False
 
     def expect(self, taker: Taker) -> None:
         self._taker = taker
-        self._silent = 0
+        self._untouched = True  # not a byte of the answer has come
         self.complete = self.has_begun = self.reusable = False
-        self._interim = False
         self._has_head = False
+
+    def _clear(self) -> None:
+        self._silent = 0
+        self._interim = False
         self._num_interim = 0
         self._length: int | None = None
-        self._chunked = False
-        self._bodiless = False
+        self._chunked = self._bodiless = False
+        self._status = 0
         self._headers: list[Header] = []
         self._num_head = 0
 
@@ -54,6 +62,39 @@ class ResponseReader:
 
     def feed(self, data: bytes) -> None:
         """Raises BadResponseError."""
+        if not self._untouched:
+            self._parse(data)
+            return
+        self._untouched = False
+        if self._known is None or (body := self._known.body_in(data)) is None:
+            self._clear()
+            self._parse(data)
+            if self.complete and self.reusable and not self._bodiless:
+                self._num_missed += 1
+                if is_to_be_kept(self._num_missed):
+                    self._remember(data)
+        else:
+            self._take_again(self._first, body)
+
+    def _remember(self, answer: bytes) -> None:
+        """Where all of these bytes are that answer's, one with the same head need not be parsed."""
+        self._known = KnownHead.of(answer, self._max_head)
+        self._first = self._status, tuple(self._headers)
+
+    def _take_again(self, first: tuple[int, tuple[Header, ...]], body: bytes) -> None:
+        """An answer with the same head. Its headers state the first one's length, which nobody passes on."""
+        self._num_missed = 0
+        status, headers = first
+        taker = self._taker
+        assert taker is not None, "an answer is somebody's"
+        taker.on_head(status, headers, len(body))
+        if body:
+            self.has_begun = True
+            if self._taker is not None:  # else the head was enough to leave it
+                self._taker.on_body(body)
+        self.complete = self.reusable = True
+
+    def _parse(self, data: bytes) -> None:
         self._silent += len(data)
         try:
             self._parser.feed_data(data)
@@ -104,6 +145,7 @@ class ResponseReader:
             self._headers = []
             return
         self._has_head = True
+        self._status = status
         self._bodiless = status in (204, 304)
         assert self._taker is not None, "an answer is somebody's"
         self._taker.on_head(status, self._headers, self._length)

@@ -4,7 +4,7 @@
 trained policy deciding; three engines that answer at once and the load share another core. Rounds are
 interleaved, so that what else the machine does hits all alike, and medians count: read the ratios. Rust
 routers come from PyPI into a throwaway environment, `.bench/`; nginx is measured where it is on the PATH,
-or under `.bench/usr/sbin`.
+in /usr/sbin, or under `.bench/usr/sbin`, and left out where it is not, which is said.
 """
 
 import argparse
@@ -75,6 +75,13 @@ def _round_robin(port: int, urls: list[str]) -> list[str]:
     return _besteffort(port, urls, "round-robin")
 
 
+def _with_log(port: int, urls: list[str]) -> list[str]:
+    folder = BENCH_DIR / "decisions"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return [*_besteffort(port, urls), "--decision-log", str(folder)]
+
+
 def _behind_uvicorn(port: int, urls: list[str]) -> list[str]:
     return [sys.executable, "-m", "tests.benchmarks.behind_uvicorn", str(port), *urls]
 
@@ -119,6 +126,7 @@ def _nginx_program() -> str | None:
 def _contenders(names: list[str]) -> dict[str, Callable[[int, list[str]], list[str]]]:
     known = {
         "besteffort": _besteffort,
+        "with its decision log": _with_log,
         "besteffort, round robin": _round_robin,
         "the same behind uvicorn": _behind_uvicorn,
         "vllm-router": _vllm_router,
@@ -127,8 +135,11 @@ def _contenders(names: list[str]) -> dict[str, Callable[[int, list[str]], list[s
     }
     missing = {"nginx": _nginx_program() is None}
     missing |= dict.fromkeys(("vllm-router", "sglang-router"), not _has_rust_routers())
-    wanted = [name for name in known if (not names or name in names) and not missing.get(name)]
-    return {name: known[name] for name in wanted}
+    wanted = [name for name in known if not names or name in names]
+    for name in wanted:
+        if missing.get(name):
+            sys.stderr.write(f"{name} is not here, and is left out\n")
+    return {name: known[name] for name in wanted if not missing.get(name)}
 
 
 def _has_rust_routers() -> bool:
