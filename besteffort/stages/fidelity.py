@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from besteffort.engines.running import Urls, running_engines
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.latency import Latency
 from besteffort.profiling import origin_of
+from besteffort.profiling.pace import MachinePace, machine_pace
 from besteffort.progress import Progress
 from besteffort.report import differences
 from besteffort.report.fidelity import EVERYTHING
@@ -44,6 +45,7 @@ SHARE_OF_RATES = 0.5
 AZURE_NUM_REQUESTS = 100
 AZURE_STRETCH = 0.6
 BEGIN, END = "<!-- fidelity -->", "<!-- end of fidelity -->"
+Done = TypeVar("Done")
 BUILT_IN = ("greedy", "least-loaded", "round-robin")
 
 
@@ -68,6 +70,7 @@ class Row:
     mark: float
     unit: str  # "%", "points", "min" or "tau"
     remark: str = ""
+    slower: float | None = None  # the machine meanwhile, than while it was profiled: 0.1 is by a tenth
 
     @property
     def reached(self) -> bool:
@@ -101,17 +104,39 @@ def fidelity(spec: Spec, note: Callable[[list[Row]], None], progress: Progress) 
     """
     fleet = load_fleet(spec.fleet_dir)
     rows: list[Row] = []
-    with running_engines(fleet, spec.fleet_dir, spec.attached or {}, progress) as engines:
+    with (
+        machine_pace() as pace,
+        running_engines(fleet, spec.fleet_dir, spec.attached or {}, progress) as engines,
+    ):
         urls = {
             name: [engine.url for engine in of_model]
             for name, of_model in zip(fleet.model_names, engines, strict=True)
         }
-        found, path = _profile(spec, urls, progress)
+        watch = _Watch(pace)
+        found, path = watch.during(lambda: _profile(spec, urls, progress))
         trials = _Trials(spec, fleet, load_latency(path, fleet), path, urls, progress)
         for part in itertools.chain([lambda: found], _parts(trials)):
-            rows += part()
+            made, slower = watch.during(part), watch.slower
+            rows += [replace(row, slower=slower) for row in made]
             note(rows)
     return rows
+
+
+class _Watch:
+    """How fast the machine is while something is done, beside how fast it was the first time."""
+
+    def __init__(self, pace: MachinePace) -> None:
+        self._pace = pace
+        self._first_ms: float | None = None
+        self.slower: float | None = None  # the last time
+
+    def during(self, part: Callable[[], Done]) -> Done:
+        began_at = time.monotonic()
+        done = part()
+        took_ms = self._pace.mean_ms(began_at, time.monotonic())
+        self._first_ms = self._first_ms or took_ms
+        self.slower = took_ms / self._first_ms - 1.0 if took_ms and self._first_ms else None
+        return done
 
 
 def _parts(trials: "_Trials") -> Iterator[Callable[[], list[Row]]]:
@@ -295,6 +320,12 @@ def _both(pair: dict[str, Any], what: str) -> str:
     return f"{pair['simulated'][what]:.3f} and {pair['vllm'][what]:.3f}"
 
 
+def _line(row: Row) -> str:
+    slower = "" if row.slower is None else f"{100 * row.slower:+.0f} %"
+    cells = (row.what, row.shown, row.wanted, "yes" if row.reached else "**no**", row.remark, slower)
+    return f"| {' | '.join(cells)} |"
+
+
 def write_table(path: Path, rows: Sequence[Row], spec: Spec) -> None:
     """Put the table, and what it was measured on, between the marks in a page; or make a page of it."""
     fleet = load_fleet(spec.fleet_dir)
@@ -305,10 +336,10 @@ def write_table(path: Path, rows: Sequence[Row], spec: Spec) -> None:
         f"`make fidelity` wrote this on {time.strftime('%Y-%m-%d', time.gmtime())}: fleet `{fleet.name}` on "
         f"{origin['hardware']}, {origin['driver']}, vLLM {origin['vllm']}.",
         "",
-        "| | error | mark | reached | |",
-        "|---|---|---|---|---|",
-        *(f"| {row.what} | {row.shown} | {row.wanted} | {'yes' if row.reached else '**no**'} | {row.remark} |"
-          for row in rows),
+        "| | error | mark | reached | simulated and by vLLM; of repeats the mean, lowest, highest "
+        "| CPU slower than while profiled |",
+        "|---|---|---|---|---|---|",
+        *map(_line, rows),
         END,
     ]  # fmt: skip
     before, _, after = (path.read_text() if path.is_file() else "").partition(BEGIN)
