@@ -6,18 +6,16 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from besteffort.artifacts.decisions_file import RECORDED, save_decisions
+from besteffort.artifacts.decisions_file import save_decisions
 from besteffort.errors import UsageError
 from besteffort.fleet import Fleet
+from besteffort.router.decision_rows import DecisionRows
 from besteffort.router.dispatcher import Decision, Route
 from besteffort.router.prompt_count import PromptCount, estimate
 from besteffort.router.request_body import RequestBody
@@ -26,15 +24,10 @@ log = logging.getLogger(__name__)
 
 MAX_ROWS = 50_000  # of a part
 EVERY_S = 60.0
-_MAX_WAITING = 20_000  # rows, about 1 KiB each: what a slow disk may cost in memory
+_MAX_WAITING = 20_000  # rows, less than 1 KiB each: what a slow disk may cost in memory
 _POLL_S = 0.1
-# Rows made into columns at once, and the rest after it: the interpreter's lock is held no longer than that.
-_BATCH, _REST_S = 256, 0.001
+_BATCH = 1024  # rows taken at once: some 0.1 ms, in which the interpreter's lock may be held
 _CLOSE_S = 10.0
-
-_NOTHING = np.zeros(0)
-
-Row = tuple[Any, ...]  # as `_columns` takes it apart
 
 
 class Entry:
@@ -76,22 +69,22 @@ class Entry:
         self.begin()
         stated, (estimated, num_wanted) = self._prompt.stated, self._numbers
         self._log.add(
-            (
+            self._log.rows.pack(
                 route,
                 self._decision,
                 self._request_id,
-                estimated if stated is None else stated,
-                stated is None,
-                num_tokens or num_wanted,
-                num_tokens,
-                num_retries,
                 outcome,
-                status or None,
-                self.error,
-                began_at,
-                ended_at,
-                latency_ms_per_token,
-                deadline_ms_per_token,
+                num_prompt_tokens=estimated if stated is None else stated,
+                prompt_estimated=stated is None,
+                num_output_tokens=num_tokens or num_wanted,
+                num_tokens_received=num_tokens,
+                num_retries=num_retries,
+                status=status,
+                error=self.error,
+                began_at=began_at,
+                ended_at=ended_at,
+                latency_ms_per_token=math.nan if latency_ms_per_token is None else latency_ms_per_token,
+                deadline_ms_per_token=deadline_ms_per_token,
             )
         )
 
@@ -117,14 +110,14 @@ class DecisionLog(Collector):
     ) -> None:
         self._folder = folder
         self._fleet = fleet
-        self._epoch_s = time.time() - clock()
+        self.rows = DecisionRows(len(fleet.models), time.time() - clock())
         self._clock = clock
         self._say = say
         self._every_s, self._max_rows, self._max_waiting = every_s, max_rows, max_waiting
         self._save = save
-        self._waiting: deque[Row] = deque()
-        self._batches: list[pa.RecordBatch] = []
-        self._num_rows = 0  # in these
+        self._waiting: deque[bytes] = deque()  # rows
+        self._part = bytearray()  # of rows too
+        self._num_rows = 0  # in it
         self._part_began_at = math.nan
         self._run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(3)}"
         self._num_parts = 0
@@ -132,11 +125,11 @@ class DecisionLog(Collector):
         self._num_told = 0  # of those dropped
         self._complained = False
         self._stop = threading.Event()
-        self._batch([])  # what Arrow loads when it is first used is loaded now
+        self.rows.columns(bytes(self.rows.size))  # what Arrow loads when it is first used is loaded now
         self._thread = threading.Thread(target=self._run, name="decision log", daemon=True)
         self._thread.start()
 
-    def add(self, row: Row) -> None:
+    def add(self, row: bytes) -> None:
         if len(self._waiting) < self._max_waiting:
             self._waiting.append(row)
         else:
@@ -173,26 +166,24 @@ class DecisionLog(Collector):
         try:
             while self._waiting and self._num_rows < self._max_rows:
                 self._take()
-                if not ending:
-                    time.sleep(_REST_S)
             is_old = self._clock() - self._part_began_at >= self._every_s
             if self._num_rows >= self._max_rows or (self._num_rows and (is_old or ending)):
                 self._write()
-                self._batches, self._num_rows = [], 0
+                self._part, self._num_rows = bytearray(), 0
         except Exception:  # serving goes on whatever becomes of its log
             log.exception("a part of the decision log is lost")
             self._num["not_written"] += self._num_rows
-            self._batches, self._num_rows = [], 0
+            self._part, self._num_rows = bytearray(), 0
 
     def _take(self) -> None:
-        rows = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+        num_taken = min(_BATCH, len(self._waiting), self._max_rows - self._num_rows)
         if not self._num_rows:
             self._part_began_at = self._clock()
-        self._num_rows += len(rows)
-        self._batches.append(self._batch(rows))
+        self._part += b"".join([self._waiting.popleft() for _ in range(num_taken)])
+        self._num_rows += num_taken
 
     def _write(self) -> None:
-        table, num_rows = pa.Table.from_batches(self._batches), self._num_rows
+        table, num_rows = self.rows.columns(self._part), self._num_rows
         path = self._folder / f"decisions-{self._run_name}-{self._num_parts:05d}.parquet"
         try:
             self._save(path, table, self._fleet, {"stage": "serve"})
@@ -214,61 +205,3 @@ class DecisionLog(Collector):
         if not self._complained:
             self._complained = True
             self._say(f"warning: {line}")
-
-    def _batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
-        columns = zip(*(self._columns(row) for row in rows), strict=True) if rows else [()] * len(RECORDED)
-        pairs = zip(columns, RECORDED, strict=True)
-        return pa.RecordBatch.from_arrays([_array(*pair) for pair in pairs], schema=RECORDED)
-
-    def _columns(self, row: Row) -> Row:
-        """Those of `RECORDED`."""
-        (
-            route, decision, request_id, num_prompt, estimated, num_output, num_tokens, num_retries, outcome,
-            status, error, began_at, ended_at, latency, deadline,
-        ) = row  # fmt: skip
-        elapsed_ms = 1000.0 * (ended_at - route.arrived_at)
-        return (
-            self._epoch_s + route.arrived_at,
-            request_id.decode(),
-            route.task,
-            num_prompt,
-            estimated,
-            num_output,
-            num_tokens,
-            *_seen(decision),
-            route.model,
-            route.replica,
-            num_retries,
-            1000.0 * route.decision_s,
-            outcome,
-            status,
-            error,
-            elapsed_ms,
-            1000.0 * (began_at - route.arrived_at),
-            latency,
-            deadline,
-        )
-
-
-def _array(column: Sequence[Any], field: pa.Field) -> pa.Array:
-    """What Arrow makes of a column; of arrays in it, in a tenth of the time."""
-    if not pa.types.is_list(field.type):
-        return pa.array(column, field.type, from_pandas=True)
-    ends = np.cumsum([0, *(0 if values is None else values.size for values in column)], dtype=np.int32)
-    values = np.concatenate([_NOTHING, *(values for values in column if values is not None)], axis=None)
-    missing = pa.array([values is None for values in column], pa.bool_())
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values), field.type, mask=missing)
-
-
-def _seen(decision: Decision | None) -> Row:
-    if decision is None:
-        return (None,) * 6
-    seen = decision.observation
-    return (
-        decision.policy,
-        seen.arrival_rate_per_s,
-        seen.batch_sizes,
-        seen.neighbours,
-        decision.q_values,
-        decision.chosen,
-    )
