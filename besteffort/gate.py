@@ -21,7 +21,7 @@ from besteffort.workload import generate_workload, stable
 RATES_PER_S = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 40.0, 48.0)
 FIRST_SEED = 900_000  # nobody trains, tunes or chooses by these and the next ones
 TOLERANCE = 0.005  # a baseline may be so much better before it counts as a loss
-# Student's t, two-sided 95 %, by degrees of freedom.
+# Student's t, two-sided 95 %, by degrees of freedom; for more, `half_width` expands the normal quantile.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
@@ -163,20 +163,21 @@ def _reached(names: Sequence[str], worth: list[list[Worth]], with_windows: bool)
         Reached(
             policy=name,
             performance=float(means[p].mean()),
-            half_width=_half_width(means[p]),
+            half_width=half_width(means[p]),
             ahead=float(ahead[p].mean()),
-            ahead_half_width=_half_width(ahead[p]),
+            ahead_half_width=half_width(ahead[p]),
             windows=_windows(worth[p]) if with_windows else {},
         )
         for p, name in enumerate(names)
     ]
 
 
-def _half_width(values: NDArray[np.float64]) -> float:
+def half_width(values: NDArray[np.float64]) -> float:
     """Of the 95 % interval of the mean; one value says nothing, and is taken at its word."""
     if len(values) < 2:
         return 0.0
-    t = T_95.get(len(values) - 1, 2.2)
+    degrees = len(values) - 1
+    t = T_95.get(degrees, 1.96 + 2.37 / degrees + 2.82 / degrees**2)
     return float(t * values.std(ddof=1) / np.sqrt(len(values)))
 
 

@@ -13,8 +13,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from besteffort.kernels import write_fleet_row
-
 
 @dataclass(slots=True)  # not frozen: it would take three times as long to make
 class Observation:
@@ -127,34 +125,14 @@ class FleetEncoding:
         inputs[:, self.num_tasks + num_rates :] = 0.5 * np.log(levels + 0.1)
         return inputs
 
+    @property
+    def scales(self) -> NDArray[np.float64]:
+        """For `kernels.write_fleet_row`, which writes a row as both methods above do, to rounding."""
+        scales = self.CLIP, self.rate_scale_per_s, self.NUM_LEVELS
+        return np.array([*scales, *self.in_flight_scale], dtype=np.float64)
+
     def to_dict(self) -> dict[str, Any]:
         return {"reads": "fleet", **asdict(self)}
-
-
-class FleetRow:
-    """`FleetEncoding` for one observation at a time, compiled, with all that stays the same at hand."""
-
-    def __init__(self, encoding: FleetEncoding) -> None:
-        scales = encoding.CLIP, encoding.rate_scale_per_s, encoding.NUM_LEVELS
-        self.scales = np.array([*scales, *encoding.in_flight_scale], dtype=np.float64)
-
-    def write(
-        self,
-        seen: Observation,
-        recent_rates_per_s: NDArray[np.float64],  # (S,)
-        row: NDArray[np.float32],
-    ) -> None:
-        """Write what both `encode_fleet` and `encode_request` give, to float32 rounding.
-
-        Raises:
-            ValueError: the observation lacks `neighbours`.
-        """
-        if seen.neighbours is None:
-            raise ValueError("this policy needs to see the neighbours")
-        rate_per_s = seen.arrival_rate_per_s
-        write_fleet_row(
-            row, self.scales, seen.task, rate_per_s, recent_rates_per_s, seen.batch_sizes, seen.neighbours
-        )
 
 
 def encoding_from_dict(given: Mapping[str, Any]) -> Encoding | FleetEncoding:

@@ -22,7 +22,7 @@ from besteffort.errors import PolicyError
 from besteffort.fleet import Fleet, Task
 from besteffort.kernels import choose
 from besteffort.latency import Latency
-from besteffort.observation import Encoding, FleetEncoding, FleetRow, Observation
+from besteffort.observation import Encoding, FleetEncoding, Observation
 from besteffort.q_network import Decider, QNetwork
 from besteffort.thresholds import RateSmoother, ThresholdTable
 
@@ -200,19 +200,19 @@ class LearnedOnFleet(HasQValues):
 
     def __init__(self, network: QNetwork, encoding: FleetEncoding, name: str) -> None:
         self.name = name
-        self._row = FleetRow(encoding)
+        self._scales = encoding.scales
         self._decider = Decider(network)
         self._rates = RecentRates(encoding.spans_s)
         self.choose(_idle(encoding.num_models))  # as above
         self._rates = RecentRates(encoding.spans_s)
 
     def choose(self, observation: Observation) -> int:
-        """What the three would say one after the other."""
+        """Raises ValueError: the observation lacks `neighbours`."""
         if observation.neighbours is None:
             raise ValueError("this policy needs to see the neighbours")
         rates, decider = self._rates, self._decider
         chosen = choose(
-            rates.spans, rates.elapsed_s(observation.arrived_at), self._row.scales,
+            rates.spans, rates.elapsed_s(observation.arrived_at), self._scales,
             observation.task, observation.arrival_rate_per_s, observation.batch_sizes, observation.neighbours,
             decider.sizes, decider.parameters, decider.values,
         )  # fmt: skip

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from besteffort.arrivals import MAX_RATE_PER_S
-from besteffort.observation import Encoding, FleetEncoding, FleetRow, Observation
+from besteffort.kernels import write_fleet_row
+from besteffort.observation import Encoding, FleetEncoding, Observation
 
 NUM_TASKS, NUM_MODELS, NUM_SPANS = 4, 3, 3
 PAPER = Encoding(NUM_TASKS, NUM_MODELS, 8.0, 24.0)
@@ -37,7 +38,10 @@ def test_the_papers_state_is_the_same_one_at_a_time(seen: Observation) -> None:
 def test_the_state_of_the_fleet_is_the_same_one_at_a_time(seen: Observation, recent: list[float]) -> None:
     assert seen.neighbours is not None
     one = np.full(FLEET.size, np.nan, dtype=np.float32)
-    FleetRow(FLEET).write(seen, np.array(recent), one)
+    write_fleet_row(
+        one, FLEET.scales, seen.task, seen.arrival_rate_per_s, np.array(recent),
+        seen.batch_sizes, seen.neighbours,
+    )  # fmt: skip
     of_fleet = FLEET.encode_fleet(seen.batch_sizes[None], seen.neighbours[None])
     rates = np.array([seen.arrival_rate_per_s])
     of_request = FLEET.encode_request(np.array([seen.task]), rates, np.array([recent]))

@@ -218,7 +218,7 @@ def test_a_lead_is_judged_by_the_differences_on_single_traces() -> None:
     near, far = leads(duel)
     assert (near.other, far.other) == ("near", "far")
     assert (near.mean, far.mean) == (pytest.approx(0.02), pytest.approx(0.4))
-    assert near.half_width == pytest.approx(1.96 * 0.01 / np.sqrt(3))
+    assert near.half_width == pytest.approx(4.30 * 0.01 / np.sqrt(3))
     assert far.half_width == pytest.approx(0.0, abs=1e-12)
 
 

@@ -15,7 +15,7 @@ from besteffort.dqn import Recipe, Trainer, evaluation_workloads
 from besteffort.environment import RoutingEnvironment, Service, SwitchingRates, encoding_for
 from besteffort.errors import TraceError
 from besteffort.fleet import Fleet
-from besteffort.gate import Effort, compare
+from besteffort.gate import Effort, compare, half_width
 from besteffort.policies import Static
 from besteffort.progress import Silent
 from besteffort.request import Requests
@@ -282,3 +282,9 @@ def test_the_horizon_of_the_measurements_follows_the_requests_of_a_trace() -> No
     assert TrainingWorkloads(fleet, traces=(trace,)).life_s > 5 * fleet.request_life_s
     sampler = Sampler(make_service(), fleet_encoding_for(fleet), AdvantageRecipe(num_rounds=1))
     assert sampler._life_s == fleet.request_life_s
+
+
+@pytest.mark.parametrize(("num", "t"), [(2, 12.71), (10, 2.262), (11, 2.228), (31, 2.042), (301, 1.968)])
+def test_an_interval_is_student_s_however_many_seeds_there_are(num: int, t: float) -> None:
+    values = np.random.default_rng(num).normal(size=num)
+    assert half_width(values) == pytest.approx(t * values.std(ddof=1) / np.sqrt(num), rel=2e-3)

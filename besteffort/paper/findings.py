@@ -1,6 +1,5 @@
 """The figures that the paper's text and tables state, out of the experiments; pure arithmetic."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from besteffort.gate import half_width
 from besteffort.paper import published
 from besteffort.paper.experiments import (
     HINDSIGHT,
@@ -155,14 +155,13 @@ class Lead:
 
 
 def leads(duel: Duel) -> list[Lead]:
-    """The smallest first; on one trace an interval is as wide as can be."""
-    found = []
-    for other, performance in duel.performance.items():
-        apart = duel.performance[POLICY] - performance
-        num = len(apart)
-        half = 1.96 * float(np.std(apart, ddof=1)) / math.sqrt(num) if num > 1 else math.inf
-        if other != POLICY:
-            found.append(Lead(other, float(apart.mean()), half))
+    """The smallest first."""
+    others = dict(duel.performance)
+    ours = others.pop(POLICY)
+    found = [
+        Lead(other, float(np.mean(ours - theirs)), half_width(ours - theirs))
+        for other, theirs in others.items()
+    ]
     return sorted(found, key=lambda lead: lead.mean)
 
 

@@ -245,10 +245,19 @@ async def measure_fleet(
                 await clock.along(bench.measure(cell, hurry=time.monotonic() >= effort.ends_at))
                 cells.append(cell)
                 note(cells)
-            await _serve_again(cells, bench, fleet, effort, clock, note)
-            await _repeat(cells, bench, fleet, effort, clock, note)
+
+            async def again(cell: Cell, why: str) -> None:
+                bar.describe(f"again {cell.run.title(fleet)}{why}")
+                await clock.along(bench.measure(cell))
+                note(cells)
+
+            await _serve_again(cells, effort, again)
+            await _repeat(cells, fleet, effort, again)
     _tell(cells, left_out if runs else 0, fleet, effort, progress)
     return cells
+
+
+Again = Callable[[Cell, str], Awaitable[None]]  # measure a cell once more, and say why
 
 
 def _again_s(cells: Sequence[Cell]) -> float:
@@ -256,30 +265,14 @@ def _again_s(cells: Sequence[Cell]) -> float:
     return sum(cell.took_s for cell in cells if cell.run.kind == "service")
 
 
-async def _serve_again(
-    cells: list[Cell],
-    bench: Bench,
-    fleet: Fleet,
-    effort: Effort,
-    clock: "_Clock",
-    note: Callable[[list[Cell]], None],
-) -> None:
+async def _serve_again(cells: Sequence[Cell], effort: Effort, again: Again) -> None:
     """Each service a second time, minutes after the first: machines are slower now and then, for a while."""
     for cell in cells:
         if cell.run.kind == "service" and time.monotonic() < effort.ends_at:
-            clock.bar.describe(f"again {cell.run.title(fleet)}")
-            await clock.along(bench.measure(cell))
-            note(cells)
+            await again(cell, "")
 
 
-async def _repeat(
-    cells: list[Cell],
-    bench: Bench,
-    fleet: Fleet,
-    effort: Effort,
-    clock: "_Clock",
-    note: Callable[[list[Cell]], None],
-) -> None:
+async def _repeat(cells: Sequence[Cell], fleet: Fleet, effort: Effort, again: Again) -> None:
     while True:
         left_s = effort.ends_at - time.monotonic()
         wide = [(cell.width(fleet), nth) for nth, cell in enumerate(cells) if cell.num_times < _MAX_REPEATS]
@@ -291,14 +284,12 @@ async def _repeat(
         if not wide:
             return
         width, nth = max(wide)
-        cell = cells[nth]
         each_s = np.mean([cells[n].took_s / cells[n].num_times for _, n in wide])
-        clock.bar.describe(
-            f"again {cell.run.title(fleet)}, now ± {100 * min(width, 9.99):.0f} %; {len(wide)} cells above "
+        why = (
+            f", now ± {100 * min(width, 9.99):.0f} %; {len(wide)} cells above "
             f"± {100 * effort.precision:g} %, {left_s:.0f} s buy about {left_s / each_s:.0f} more runs"
         )
-        await clock.along(bench.measure(cell))
-        note(cells)
+        await again(cells[nth], why)
 
 
 class _Clock:
