@@ -103,7 +103,8 @@ async def serve(
     async def come(target: Target) -> list[Served]:
         num = max(1, int(target.rng.poisson(rate_per_s * duration_s)))
         instants = np.sort(target.rng.uniform(0.0, duration_s, num))
-        return list(await asyncio.gather(*(one(target, float(after_s)) for after_s in instants)))
+        served = await asyncio.gather(*(one(target, float(after_s)) for after_s in instants))
+        return sorted(served, key=lambda each: each.at_s)  # timers a moment apart may swap
 
     return list(await asyncio.gather(*map(come, targets)))
 
