@@ -26,6 +26,7 @@ from besteffort.progress import Silent
 from besteffort.request import Requests
 from besteffort.simulator import simulate_choices
 from besteffort.stages.gpu_fleet import gpu_fleet
+from besteffort.stages.profile import _Notebook
 from tests.conftest import ROOT
 from tests.fake_engine import FakeEngine, serving
 from tests.test_score import Lines
@@ -91,6 +92,21 @@ def test_prompts_on_a_gpu_are_measured_on_either_side_of_the_last_captured_graph
         lengths = {run.num_prompt_tokens for run in plan_runs(fleet) if run.kind == "prefill"}
         longest = int(0.7 * fleet.engine.max_model_len)
         assert lengths - {longest} == {n for n in (16, 64, 256, 1024) if n < longest} | edges
+
+
+def test_an_interrupted_run_serves_a_service_anew_that_was_served_once(tmp_path: Path, fleet: Fleet) -> None:
+    served = services_of(fleet, TRUTH)[0]
+    first = [one.at_s for one in served.served]
+    again = tuple(replace(one, at_s=one.at_s + first[-1] + 30.0) for one in served.served)
+    twice = replace(served, served=(*served.served, *again))
+    decode = every_kind()[0]
+    facts = {"fleet_sha256": "abc", "origin": {"vllm": "0"}}
+    for service, kept in ((served, [decode]), (twice, [decode, twice])):
+        path = tmp_path / "profile.partial.parquet"
+        save_samples(path, [decode, service], facts)
+        notebook = _Notebook(path, facts)
+        notebook.take_up(Silent())
+        assert notebook.samples == kept
 
 
 def test_the_residuals_of_a_perfect_fit_are_nothing_and_those_of_noise_are_not(fleet: Fleet) -> None:

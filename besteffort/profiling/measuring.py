@@ -89,6 +89,12 @@ class Cell:
         return max((_half(s) / s.mean_ms for s in samples), default=np.inf)
 
 
+def served_twice(sample: Sample) -> bool:
+    """Whether a service came to its second time before its run was cut off."""
+    sent_at = [served.at_s for served in sample.served]
+    return bool(np.any(np.diff(sent_at) >= _PAUSE_S))
+
+
 def _half(sample: Sample) -> float:
     return np.inf if sample.ci_ms is None else sample.ci_ms
 

@@ -16,7 +16,7 @@ from besteffort.errors import ProfileError, UsageError
 from besteffort.fleet import Fleet, load_fleet
 from besteffort.latency import Latency, Sample
 from besteffort.profiling import Effort, Run, measure_fleet, origin_of, plan_runs
-from besteffort.profiling.measuring import Cell
+from besteffort.profiling.measuring import Cell, served_twice
 from besteffort.profiling.plot import plot_profile
 from besteffort.profiling.service import with_scales
 from besteffort.profiling.verdict import choice, crossings, suggest_deadlines
@@ -95,8 +95,10 @@ class _Notebook:
         if any(facts.get(key) != self._facts[key] for key in ("fleet_sha256", "origin")):
             progress.say(f"{self.path}: begun for another fleet.toml, or elsewhere; starting anew")
             return
-        self._kept = self.samples = samples
-        progress.say(f"{self.path}: going on after {len(samples)} samples of an interrupted run")
+        # Each service is to be served twice, minutes apart: of those that were not, both times are to come.
+        kept = [sample for sample in samples if sample.kind != "service" or served_twice(sample)]
+        self._kept = self.samples = kept
+        progress.say(f"{self.path}: going on after {len(kept)} samples of an interrupted run")
 
     def has(self, run: Run, fleet: Fleet) -> bool:
         names = [fleet.model_names[m] for m in run.models]
