@@ -157,8 +157,12 @@ class Dispatcher:
         self.policy = policy
 
     def _decision(self, seen: Observation, chosen: int) -> Decision:
+        """With arrays of its own: those of the loads and of the policy are written again."""
         policy = self.policy
         q_values = policy.q_values.copy() if isinstance(policy, HasQValues) else None
+        seen.batch_sizes = seen.batch_sizes.copy()
+        if seen.neighbours is not None:
+            seen.neighbours = seen.neighbours.copy()
         return Decision(seen, chosen, policy.name, q_values)
 
     def _admit(self, pinned: int | None) -> tuple[int, ...]:
@@ -186,42 +190,38 @@ class Dispatcher:
         self, task: int, arrived_at: float, deadline_ms_per_token: float | None, full: tuple[int, ...]
     ) -> Observation:
         loads = self._loads
+        batch_sizes, neighbours = loads.seen()
+        closed = tuple({*loads.closed, *full}) if full else loads.closed
         return Observation(
-            task,
-            loads.batch_sizes(),
-            self.arrival_rate_per_s,
-            arrived_at,
-            loads.neighbours(),
-            tuple({*loads.closed, *full}) if full else loads.closed,
-            deadline_ms_per_token,
+            task, batch_sizes, self.arrival_rate_per_s, arrived_at, neighbours, closed, deadline_ms_per_token
         )
 
     def _send(
         self, task: int, chosen: int, arrived_at: float, pinned: bool, full: tuple[int, ...] = ()
     ) -> Route:
-        model = self._open_model(chosen, pinned, full)
-        replica = self._loads.least(model)
-        self._loads.add(model, replica, 1)
+        loads = self._loads
+        is_open = chosen not in loads.closed and chosen not in full
+        model = chosen if is_open else self._open_model(chosen, pinned, full)
+        replica = loads.least(model)
+        loads.add(model, replica, 1)
         engine = self.engines[model][replica]
         decision_s = self.clock() - arrived_at
         predicted = None
         if self.forecast is not None:
             predicted = self.forecast.latency_ms_per_token(
-                task, model, self._loads.in_flight[model][replica], self._loads.on_device(replica)
+                task, model, loads.in_flight[model][replica], loads.on_device(replica)
             )
         policy = "pinned" if pinned else self.policy.name
         return Route(task, model, replica, engine, arrived_at, decision_s, pinned, policy, predicted)
 
     def _open_model(self, chosen: int, pinned: bool, full: tuple[int, ...]) -> int:
-        """Where the model is full, or no replica of it is up, the next smaller one, which is faster, or a
+        """For one that is full, or of which no replica is up: the next smaller one, which is faster, or a
         larger one.
 
         Where none is up at all, one that stands best: what failed lately may have come back, and to try it is
         better than to refuse.
         """
         loads = self._loads
-        if chosen not in loads.closed and chosen not in full:
-            return chosen
         models = [chosen] if pinned else range(len(self.engines))
         nearest = min(
             models,

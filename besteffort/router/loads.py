@@ -1,5 +1,6 @@
 """Requests in flight at every replica, and which replica takes the next; no step costs more than log."""
 
+import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -32,21 +33,30 @@ class Loads:
         self.total = 0  # in flight
         self.totals = [0] * len(num_replicas)  # in flight by model
         self._totals_up = [0] * len(num_replicas)  # of these at replicas that are up
-        self._batch_sizes = np.zeros(len(num_replicas))
+        self._batch_sizes = [0.0] * len(num_replicas)
         self._orders = [_Order(number) for number in num_replicas]
         self._num_devices = num_devices
-        # Then by model; as floats, which numpy takes in half the time.
+        # Then by model; as floats, which are packed in half the time.
         self._on_device = [[0.0] * len(num_replicas) for _ in range(num_devices)]
+        shape = 1 + len(num_replicas), len(num_replicas)
+        self._packed = bytearray(8 * shape[0] * shape[1])  # what a policy sees, as doubles
+        self._pack_into = struct.Struct(f"{shape[0] * shape[1]}d").pack_into
+        packed = np.frombuffer(self._packed).reshape(shape)
+        self._seen = packed[0], packed[1:]
 
     def add(self, model: int, replica: int, change: int) -> None:
         """Note that so many requests came to the replica, or left it."""
-        self.in_flight[model][replica] += change
+        counts = self.in_flight[model]
+        counts[replica] += change
         self.totals[model] += change
         self.total += change
         self._on_device[replica % self._num_devices][model] += change
         if self._standings[model][replica] == _UP:
             self._totals_up[model] += change
-        self._settle(model, replica)
+            self._batch_sizes[model] = self._totals_up[model] / self._num_up[model]
+            self._orders[model].put(replica, counts[replica])
+        else:
+            self._settle(model, replica)
 
     def stand(self, model: int, replica: int, standing: Standing) -> None:
         """From now on. What is in flight there goes on being counted."""
@@ -77,23 +87,21 @@ class Loads:
         """Of the model's replicas that stand best the one with the smallest count, of equals the first."""
         return self._orders[model].first
 
-    def batch_sizes(self) -> NDArray[np.float64]:
-        """`Observation.batch_sizes`, of the replicas that are up; of all where none is."""
-        return self._batch_sizes.copy()
+    def seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`Observation.batch_sizes`, of the replicas that are up or, where none is, of all; and
+        `Observation.neighbours`. Good until the next call: one array is made once, and written again."""
+        seen, on_device, num_devices = self._batch_sizes.copy(), self._on_device, self._num_devices
+        num_models = len(seen)
+        for model, order in enumerate(self._orders):
+            first = order.first
+            seen += on_device[first % num_devices]
+            seen[model - num_models] = self.in_flight[model][first]
+        self._pack_into(self._packed, 0, *seen)
+        return self._seen
 
     def on_device(self, replica: int) -> list[float]:
         """Requests in flight by model, on the device of this replica; to be read only."""
         return self._on_device[replica % self._num_devices]
-
-    def neighbours(self) -> NDArray[np.float64]:
-        """`Observation.neighbours`."""
-        seen: list[float] = []
-        num_models = len(self._orders)
-        for model, order in enumerate(self._orders):
-            replica = order.first
-            seen += self._on_device[replica % self._num_devices]
-            seen[model - num_models] = float(self.in_flight[model][replica])
-        return np.array(seen).reshape(num_models, num_models)
 
 
 class _Order:
