@@ -29,6 +29,18 @@ class Request:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class AnswerHead:
+    """An engine's. Names of headers are in lower case; the head, and `notes`, are shared as a request's are.
+
+    A length that is among the headers may be another answer's.
+    """
+
+    status: int
+    headers: list[Header]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """An answer of our own, whole. `closes`: nothing more is read from this client."""
