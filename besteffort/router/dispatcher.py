@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,8 +31,7 @@ class ModelFullError(EngineError):
     """The client insists on a model that has as many requests as it may have."""
 
 
-@dataclass(slots=True)  # not frozen: it would take three times as long to make
-class Route:
+class Route(msgspec.Struct):  # no dataclass: it would take twice as long to make
     """Which replica a request went to, and by whose choice; once it is given out nothing of it changes."""
 
     task: int
