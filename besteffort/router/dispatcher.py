@@ -4,11 +4,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from besteffort.arrivals import ArrivalRateEstimator
 from besteffort.engines.running import Engine, Engines
@@ -45,14 +43,16 @@ class Route(msgspec.Struct):  # no dataclass: it would take twice as long to mak
     predicted_ms_per_token: float | None = None  # by the batch sizes at the decision
 
 
-@dataclass(slots=True)
-class Decision:
-    """What a policy saw, and what it made of it."""
+class Decision(msgspec.Struct):
+    """What a policy saw, and what it made of it. Of arrays there are the bytes, since others are written into
+    the same memory afterwards; none where there is none."""
 
-    observation: Observation
+    arrival_rate_per_s: float
+    batch_sizes: bytes  # (M,) float64, as in `Observation`
+    neighbours: bytes  # (M, M) float64
     chosen: int
     policy: str
-    q_values: NDArray[np.float32] | None  # (M,)
+    q_values: bytes  # (M,) float32
 
 
 class Dispatcher:
@@ -157,13 +157,15 @@ class Dispatcher:
         self.policy = policy
 
     def _decision(self, seen: Observation, chosen: int) -> Decision:
-        """With arrays of its own: those of the loads and of the policy are written again."""
         policy = self.policy
-        q_values = policy.q_values.copy() if isinstance(policy, HasQValues) else None
-        seen.batch_sizes = seen.batch_sizes.copy()
-        if seen.neighbours is not None:
-            seen.neighbours = seen.neighbours.copy()
-        return Decision(seen, chosen, policy.name, q_values)
+        return Decision(
+            seen.arrival_rate_per_s,
+            seen.batch_sizes.tobytes(),
+            b"" if seen.neighbours is None else seen.neighbours.tobytes(),
+            chosen,
+            policy.name,
+            policy.q_values.tobytes() if isinstance(policy, HasQValues) else b"",
+        )
 
     def _admit(self, pinned: int | None) -> tuple[int, ...]:
         """The models that are full. Who is refused here is no arrival: the rate is of what has to be placed.

@@ -67,7 +67,9 @@ class RequestBody:
         """How many tokens the client wants at most; None if it does not say."""
         raw = self._fields.get("max_completion_tokens") or self._fields.get("max_tokens")
         value = None if raw is None else _read(raw)
-        return min(value, _MAX_NUMBER) if isinstance(value, int) and value > 0 else None
+        if not isinstance(value, int) or value <= 0:
+            return None
+        return value if value < _MAX_NUMBER else _MAX_NUMBER  # quicker than `min`
 
     @property
     def is_streamed(self) -> bool:
