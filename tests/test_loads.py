@@ -48,7 +48,7 @@ class Naive:
 def assert_same(loads: Loads, naive: Naive) -> None:
     models = range(len(NUM_REPLICAS))
     assert loads.in_flight == naive.in_flight
-    assert [loads.least(model) for model in models] == [naive.least(model) for model in models]
+    assert [loads.least[model] for model in models] == [naive.least(model) for model in models]
     best = [
         min(naive.standings[model, replica] for replica in range(NUM_REPLICAS[model])) for model in models
     ]
@@ -93,7 +93,7 @@ def test_what_a_replica_took_while_it_was_down_counts_when_it_is_back() -> None:
     assert loads.seen()[0] == [0.0]
     loads.stand(0, 0, Standing.UP)
     assert loads.seen()[0] == [3.0]
-    assert loads.least(0) == 1
+    assert loads.least[0] == 1
 
 
 def test_what_was_seen_stays_as_it_was_seen_until_somebody_looks_again() -> None:

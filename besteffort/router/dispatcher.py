@@ -29,7 +29,7 @@ class ModelFullError(EngineError):
     """The client insists on a model that has as many requests as it may have."""
 
 
-class Route(msgspec.Struct):  # no dataclass: it would take twice as long to make
+class Route(msgspec.Struct, gc=False):  # no dataclass: it would take twice as long to make
     """Which replica a request went to, and by whose choice; once it is given out nothing of it changes."""
 
     task: int
@@ -177,7 +177,7 @@ class Dispatcher:
             models = range(len(self.engines)) if pinned is None else (pinned,)
             if all(loads.best(model) is Standing.OUT for model in models):
                 raise self._no_replica(pinned)
-        if seats is None or loads.total < seats.scarce_from:
+        if seats is None or sum(loads.totals) < seats.scarce_from:
             return ()
         full = seats.full(loads.totals, loads.closed)
         if pinned in full:
@@ -204,7 +204,7 @@ class Dispatcher:
         loads = self._loads
         is_open = chosen not in loads.closed and chosen not in full
         model = chosen if is_open else self._open_model(chosen, pinned, full)
-        replica = loads.least(model)
+        replica = loads.least[model]
         loads.add(model, replica, 1)
         engine = self.engines[model][replica]
         decision_s = self.clock() - arrived_at

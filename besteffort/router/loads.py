@@ -30,11 +30,12 @@ class Loads:
         self._num_up = list(num_replicas)
         self.closed: tuple[int, ...] = ()
         """The models of which no replica is up"""
-        self.total = 0  # in flight
         self.totals = [0] * len(num_replicas)  # in flight by model
         self._totals_up = [0] * len(num_replicas)  # of these at replicas that are up
         self._batch_sizes = [0.0] * len(num_replicas)
         self._orders = [_Order(number) for number in num_replicas]
+        self.least = [0] * len(num_replicas)
+        """Of each model's replicas that stand best the one with the smallest count, of equals the first"""
         self._num_devices = num_devices
         # Then by model; as floats, which are packed in half the time.
         self._on_device = [[0.0] * len(num_replicas) for _ in range(num_devices)]
@@ -47,14 +48,13 @@ class Loads:
     def add(self, model: int, replica: int, change: int) -> None:
         """Note that so many requests came to the replica, or left it."""
         counts = self.in_flight[model]
-        counts[replica] += change
+        count = counts[replica] = counts[replica] + change
         self.totals[model] += change
-        self.total += change
         self._on_device[replica % self._num_devices][model] += change
         if self._standings[model][replica] == _UP:
-            self._totals_up[model] += change
-            self._batch_sizes[model] = self._totals_up[model] / self._num_up[model]
-            self._orders[model].put(replica, counts[replica])
+            total = self._totals_up[model] = self._totals_up[model] + change
+            self._batch_sizes[model] = total / self._num_up[model]
+            self.least[model] = self._orders[model].put(replica, count)
         else:
             self._settle(model, replica)
 
@@ -70,7 +70,8 @@ class Loads:
     def _settle(self, model: int, replica: int) -> None:
         """Bring all that follows from the counts up to date."""
         count = self.in_flight[model][replica]
-        self._orders[model].put(replica, count + self._standings[model][replica] * _WORSE)
+        rank = count + self._standings[model][replica] * _WORSE
+        self.least[model] = self._orders[model].put(replica, rank)
         if self._num_up[model]:
             self._batch_sizes[model] = self._totals_up[model] / self._num_up[model]
         else:
@@ -81,21 +82,16 @@ class Loads:
 
     def best(self, model: int) -> Standing:
         """How the best of the model's replicas stand."""
-        return self.standing(model, self.least(model))
-
-    def least(self, model: int) -> int:
-        """Of the model's replicas that stand best the one with the smallest count, of equals the first."""
-        return self._orders[model].first
+        return self.standing(model, self.least[model])
 
     def seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """`Observation.batch_sizes`, of the replicas that are up or, where none is, of all; and
         `Observation.neighbours`. Good until the next call: one array is made once, and written again."""
         seen, on_device, num_devices = self._batch_sizes.copy(), self._on_device, self._num_devices
         num_models = len(seen)
-        for model, order in enumerate(self._orders):
-            first = order.first
-            seen += on_device[first % num_devices]
-            seen[model - num_models] = self.in_flight[model][first]
+        for model, replica in enumerate(self.least):
+            seen += on_device[replica % num_devices]
+            seen[model - num_models] = self.in_flight[model][replica]
         self._pack_into(self._packed, 0, *seen)
         return self._seen
 
@@ -117,9 +113,9 @@ class _Order:
         self._nodes[self._num_leaves :] = [leaf if leaf < size else last for leaf in range(self._num_leaves)]
         for node in range(self._num_leaves - 1, 0, -1):
             self._nodes[node] = min(self._nodes[2 * node], self._nodes[2 * node + 1])
-        self.first = 0
 
-    def put(self, replica: int, count: int) -> None:
+    def put(self, replica: int, count: int) -> int:
+        """Who is first from now on."""
         nodes = self._nodes
         node = self._num_leaves + replica
         nodes[node] = count * self._size + replica
@@ -129,6 +125,6 @@ class _Order:
                 lesser = other
             node >>= 1
             if nodes[node] == lesser:
-                return
+                break
             nodes[node] = lesser
-        self.first = nodes[1] % self._size
+        return nodes[1] % self._size
