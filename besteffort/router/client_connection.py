@@ -241,10 +241,10 @@ class ClientConnection(asyncio.Protocol):
         reader, limits = self._reader, self._limits
         if self._paused:
             return
-        if reader.in_body:
-            self._due_in(limits.body_s)
+        if not reader.in_message:
+            self._due_in(limits.keep_alive_s)
         else:
-            self._due_in(limits.head_s if reader.in_message else limits.keep_alive_s)
+            self._due_in(limits.body_s if reader.in_body else limits.head_s)
 
     def _due_in(self, delay_s: float) -> None:
         self.due_at = self._house.loop.time() + delay_s

@@ -95,9 +95,8 @@ class Exchange:
             raise
 
     def _send(self) -> None:
-        upstream = self._proxy.upstream_of(self._route)
         due_at = None if self._call is None else self._call.total_due_at  # all tries together have that long
-        self._call = upstream.send(self._rewritten, self, due_at)
+        self._call = self._proxy.upstream_of(self._route).send(self._rewritten, self, due_at)
         if self._paused:
             self._call.pause()
 
@@ -149,7 +148,7 @@ class Exchange:
         if self._tokens is not None:
             self._tokens.feed(data)
             if self._entry is not None:
-                self._entry.feed(data)
+                self._entry.prompt.feed(data)
         if self._stream_end is None:
             self._responder.write(data)
         else:
@@ -374,7 +373,7 @@ class Exchange:
             deadline_ms_per_token=self._asked.deadline_ms_per_token,
         )
 
-    def _rewritten(self) -> list[bytes]:
+    def _rewritten(self, upstream: Upstream) -> list[bytes]:
         """The request as the engine gets it: of the client's headers only those that it may set."""
         proxy, request, asked = self._proxy, self._request, self._asked
         body = asked.body.for_engine(self._route.engine.served_name)
@@ -382,7 +381,7 @@ class Exchange:
         if passed is None:
             passed = request.notes[_PASSED_IN] = proxy.passed_in(request.headers)
         head = b"%bx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n" % (
-            proxy.upstream_of(self._route).post_lines(request.target), asked.request_id, len(body), passed
+            upstream.post_lines(request.target), asked.request_id, len(body), passed
         )  # fmt: skip
         return [head, body]
 

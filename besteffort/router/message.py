@@ -122,7 +122,7 @@ class DateLine:
         self._second = 0
         self._line = b""
 
-    def __call__(self) -> bytes:
+    def line(self) -> bytes:
         second = int(time.time())
         if second != self._second:
             self._second = second
@@ -130,4 +130,4 @@ class DateLine:
         return self._line
 
 
-date_line = DateLine()
+date_line = DateLine().line

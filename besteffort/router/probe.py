@@ -34,7 +34,7 @@ class Probe:
     ) -> None:
         self._hear = hear
         self._status = 0
-        self._call = upstream.send(lambda: [question], self)
+        self._call = upstream.send(lambda upstream: [question], self)
         self._timer = upstream.loop.call_later(wait_s, self._give_up)
 
     def cancel(self) -> None:

@@ -2,6 +2,8 @@
 
 import re
 
+import msgspec
+
 _KEY = b'"prompt_tokens"'
 _USAGE = re.compile(rb'"prompt_tokens"\s{0,64}:\s{0,64}(\d{1,18})\s{0,64}[,}]')
 _OVERLAP = 192  # at least the longest match
@@ -9,14 +11,11 @@ _BRACKET = ord("[")
 _BYTES_PER_TOKEN = 4  # of English, in the vocabularies of today
 
 
-class PromptCount:
+class PromptCount(msgspec.Struct):
     """Fed with an answer's bytes as they pass; as in `token_count`, nothing is decoded."""
 
-    __slots__ = ("_tail", "stated")
-
-    def __init__(self) -> None:
-        self._tail = b""
-        self.stated: int | None = None
+    _tail: bytes = b""
+    stated: int | None = None
 
     def feed(self, data: bytes) -> None:
         if self._tail:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
+import msgspec
+
 from besteffort.router.limits import Limits
 from besteffort.router.message import AnswerHead
 from besteffort.router.outbox import Outbox
@@ -24,7 +26,7 @@ _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout",
 _LACKS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 _COMPLAIN_EVERY_S = 60.0
 
-Write = Callable[[], Sequence[bytes]]
+Write = Callable[["Upstream"], Sequence[bytes]]
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
@@ -126,19 +128,16 @@ class Upstream:
             log.warning("no connection to %s: %s", self.authority.decode(), error.strerror or error)
 
 
-class Call:
+class Call(msgspec.Struct):
     """One request at an engine, until its answer is whole, or it failed, or nobody wants it any more."""
 
-    __slots__ = ("_connecting", "_upstream", "connection", "paused", "sink", "total_due_at", "write")
-
-    def __init__(self, upstream: Upstream, write: Write, sink: Sink, total_due_at: float) -> None:
-        self._upstream = upstream
-        self.write = write
-        self.sink = sink
-        self.connection: UpstreamConnection | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self.total_due_at = total_due_at
-        self.paused = False
+    _upstream: Upstream
+    write: Write
+    sink: Sink
+    total_due_at: float
+    connection: "UpstreamConnection | None" = None
+    _connecting: asyncio.Task[None] | None = None
+    paused: bool = False
 
     def connect(self) -> None:
         self._connecting = self._upstream.loop.create_task(self._connect())
@@ -225,7 +224,7 @@ class UpstreamConnection(asyncio.Protocol):
         if not self.is_open:  # closed between being made and being taken
             call.fail(Fault("connect", "closed as soon as it was open"))
             return
-        request = call.write()
+        request = call.write(self._upstream)
         self._call = call
         self._reused = reused
         self._unanswered = True
