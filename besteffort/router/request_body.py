@@ -23,27 +23,15 @@ class RequestBody:
     """
 
     def __init__(self, data: bytes) -> None:
-        """Raises ValueError: it is not a JSON object in UTF-8, or deeper or of more fields than any is.
-
-        Whatever is read of it afterwards, but for `model`, raises nothing.
+        """Raises ValueError: it is not a JSON object in UTF-8, or deeper or of more fields than any is, or
+        its model is nothing that JSON knows. Whatever is read of it afterwards raises nothing.
         """
         if not data.isascii():
             data.decode()  # raises ValueError where it is not UTF-8; its values stay parts of `data`
         self._fields = read_fields(data)
-
-    @property
-    def model(self) -> Any:
-        """None if it is missing; of one that is too long to be any, its beginning.
-
-        Raises ValueError: it is nothing that JSON knows.
-        """
-        raw = self._fields.get("model")
-        if raw is None:
-            return None
-        value = memoryview(raw)
-        if len(value) > _MAX_SCALAR:
-            return str(value[:_MAX_SCALAR], errors="replace")
-        return msgspec.json.decode(raw)
+        model = self._fields.get("model")
+        self.model = None if model is None else _read_model(model)
+        """None if it is missing; of one that is too long to be any, its beginning"""
 
     @property
     def num_answers(self) -> int:
@@ -89,6 +77,14 @@ class RequestBody:
 @lru_cache(_NUM_NAMES)
 def _as_json(name: str) -> msgspec.Raw:
     return msgspec.Raw(_ENCODER.encode(name))
+
+
+def _read_model(raw: msgspec.Raw) -> Any:
+    """Raises ValueError."""
+    value = memoryview(raw)
+    if len(value) > _MAX_SCALAR:
+        return str(value[:_MAX_SCALAR], errors="replace")
+    return msgspec.json.decode(raw)
 
 
 def _read(raw: msgspec.Raw) -> Any:
