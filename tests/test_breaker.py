@@ -26,6 +26,7 @@ from besteffort.policies import Static
 from besteffort.router import Dispatcher, Limits
 from besteffort.router.breaker import Breaker, State
 from besteffort.router.loads import Standing
+from besteffort.router.message import AnswerHead
 from besteffort.router.upstream import Fault
 from tests.fake_engine import EngineProcess, FakeEngine, plain_answer, serving, wait_for
 from tests.routing import Door, completion, door, limited, routing
@@ -428,13 +429,13 @@ class Played:
             self.give_up = callback
         return self
 
-    def send(self, request: Callable[[], list[bytes]], sink: Any) -> "Played":
+    def send(self, request: Callable[[Any], list[bytes]], sink: Any) -> "Played":
         self.sink = sink
-        self.asked.append(request()[0].split()[1].decode())
+        self.asked.append(request(self)[0].split()[1].decode())
         return self
 
     def says(self, status: int) -> None:
-        self.sink.on_head(status, [], 0)
+        self.sink.on_head(AnswerHead(status, []), 0)
         self.sink.on_end()
 
     def cancel(self) -> None:
@@ -515,7 +516,7 @@ def test_an_engine_that_is_late_is_asked_once_at_a_time_and_no_more_once_it_fail
     for status in (200, 404):
         for _ in range(3):
             engine.breaker.late()
-        engine.sink.on_head(status, [], 0)
+        engine.sink.on_head(AnswerHead(status, []), 0)
         engine.sink.on_end()
         assert (engine.up, engine.breaker.state) == (True, State.CLOSED)
     assert engine.breaker.num_probes == {"ok": 2, "failed": 0}
@@ -529,7 +530,7 @@ def test_an_engine_that_is_late_is_asked_once_at_a_time_and_no_more_once_it_fail
     assert engine.sink is sink
     engine.probe(200)
     engine.breaker.late()
-    engine.sink.on_head(503, [], 0)
+    engine.sink.on_head(AnswerHead(503, []), 0)
     engine.sink.on_end()
     assert (engine.standing, engine.breaker.state) == (Standing.UNWELL, State.OPEN)
     assert (engine.breaker.num_openings, len(engine.waits_s)) == (2, 2)

@@ -8,7 +8,6 @@ import pytest
 
 from besteffort.artifacts.decisions_file import RECORDED
 from besteffort.engines.running import Engine
-from besteffort.observation import Observation
 from besteffort.router.decision_rows import DecisionRows
 from besteffort.router.dispatcher import Decision, Route
 
@@ -16,8 +15,8 @@ _ROUTE = Route(1, 2, 3, Engine("http://127.0.0.1:1", "served"), 10.0, 0.002, Fal
 
 
 def seen(*, q_values: bool) -> Decision:
-    observation = Observation(1, np.array([1.0, 2.0, 3.0]), 4.0, 10.0, np.arange(9.0).reshape(3, 3))
-    return Decision(observation, 2, "ours", np.float32([0.5, -np.inf, 1.5]) if q_values else None)
+    values = np.float32([0.5, -np.inf, 1.5]).tobytes() if q_values else b""
+    return Decision(4.0, np.array([1.0, 2.0, 3.0]).tobytes(), np.arange(9.0).tobytes(), 2, "ours", values)
 
 
 def packed(rows: DecisionRows, decision: Decision | None, request_id: bytes = b"id", **other: Any) -> bytes:

@@ -267,3 +267,15 @@ def test_a_second_attempt_is_no_second_arrival_and_the_policy_does_not_see_it() 
         dispatcher.begin_again(first, REPLICAS)
     # What was tried is open to others as before.
     assert dispatcher.begin(0, pinned=0).replica == 2
+
+
+def test_a_decision_that_is_kept_stays_as_it_was_while_others_come() -> None:
+    dispatcher = make(Turns())
+    dispatcher.keeps_decisions = True
+    dispatcher.begin(0)
+    kept = dispatcher.decision
+    dispatcher.begin(0)
+    assert kept is not None
+    assert kept is not dispatcher.decision
+    num_models = len(NUM_REPLICAS)
+    assert (kept.batch_sizes, kept.neighbours) == (bytes(8 * num_models), bytes(8 * num_models**2))

@@ -292,3 +292,32 @@ def test_of_several_answers_side_by_side_the_mean_one_s_latency_per_token_counts
             latencies.append(json.loads(events(answer)[-2])["besteffort"]["latency_ms_per_token"])
             one.settled()
         assert latencies == pytest.approx([latencies[0] * factor for factor in (1, 2, 3, 1)], rel=0.01)
+
+
+def test_headers_are_those_of_each_request_and_not_of_the_last_one(fleet: Fleet) -> None:
+    with telling(fleet, forecast(fleet), model=1) as told:
+        said = []
+        for deadline, model in (("40", "small"), ("41", "small"), ("40", "large"), ("40", "small")):
+            extra = {"x-besteffort-deadline-ms-per-token": deadline}
+            headers = told.post({"model": model, "prompt": "x"}, extra).headers
+            said.append((headers["x-besteffort-deadline-ms-per-token"], headers["x-besteffort-model"]))
+        assert said == [("40", "small"), ("41", "small"), ("40", "large"), ("40", "small")]
+
+
+def test_metrics_show_what_has_happened_and_nothing_else(fleet: Fleet) -> None:
+    with telling(fleet, forecast(fleet), model=1) as told:
+        told.post({"prompt": "x", "max_tokens": 2})
+        shown = told.metrics().splitlines()
+        labels = '{model="large",task="copa"}'
+        for name, expected in (
+            ("requests_total", ['{model="large",outcome="ok",task="copa"}']),
+            ("deadlines_total", ['{met="yes",model="large",task="copa"}']),
+            ("retries_total", []),
+            ("latency_ms_per_token_count", [labels]),
+            ("ttft_ms_count", []),
+            ("utility_peak_total", [labels]),
+        ):
+            begin = f"besteffort_{name}{{"
+            assert [line for line in shown if line.startswith(begin)] == [
+                f"besteffort_{name}{one} 1.0" for one in expected
+            ]

@@ -396,7 +396,7 @@ def test_a_pause_that_comes_before_the_connection_is_there_holds() -> None:
             for _ in range(2):  # the second time on a connection that is there
                 heard = Heard()
                 sent.clear()
-                call = upstream.send(lambda: [_REQUEST], heard)
+                call = upstream.send(lambda upstream: [_REQUEST], heard)
                 with ending(call):
                     call.pause()
                     await until(sent.is_set)
@@ -462,7 +462,7 @@ def test_a_request_that_waits_for_its_answer_is_not_kept_a_second_time() -> None
             upstream = stack.enter_context(upstream_of(f"http://127.0.0.1:{listener.getsockname()[1]}"))
             for number in range(1, 4):  # on a new connection, on the same once more, on a new one
                 heard = Heard()
-                stack.callback(upstream.send(lambda: [bytes(size)], heard).cancel)
+                stack.callback(upstream.send(lambda upstream: [bytes(size)], heard).cancel)
                 await until(lambda: len(received) == number)  # noqa: B023
                 await until(lambda: heard.ended or number > 1)  # noqa: B023
                 assert tracemalloc.get_traced_memory()[0] < 1_000_000

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import msgspec
+
 from besteffort.fleet import Fleet
 from besteffort.router.addressing import TASK_HEADER, Address, Addresses, UnknownAddressError
 from besteffort.router.message import Refusal, Request
@@ -26,8 +28,7 @@ class _Head:
     streams_receipt: bool
 
 
-@dataclass(slots=True)
-class Asked:
+class Asked(msgspec.Struct):
     """What a request asks for, as far as routing and accounting go."""
 
     address: Address

@@ -158,6 +158,9 @@ class ClientConnection(asyncio.Protocol):
     def _read(self, data: bytes) -> None:
         """Up to the first piece with a whole request in it; the rest has to wait."""
         try:
+            if len(data) <= _PIECE:
+                self._reader.feed(data)
+                return
             for begin in range(0, len(data), _PIECE):
                 self._reader.feed(data[begin : begin + _PIECE])
                 if self._ready:
@@ -224,7 +227,8 @@ class ClientConnection(asyncio.Protocol):
         """The answer is whole."""
         request, job = self._request, self._job
         assert request is not None, "an answer has a request"
-        self._reader.release(request)
+        if request.body:
+            self._reader.release(request)
         self._request = self._job = None
         if not request.keep_alive:
             self._close()
@@ -237,10 +241,10 @@ class ClientConnection(asyncio.Protocol):
         reader, limits = self._reader, self._limits
         if self._paused:
             return
-        if reader.in_body:
-            self._due_in(limits.body_s)
+        if not reader.in_message:
+            self._due_in(limits.keep_alive_s)
         else:
-            self._due_in(limits.head_s if reader.in_message else limits.keep_alive_s)
+            self._due_in(limits.body_s if reader.in_body else limits.head_s)
 
     def _due_in(self, delay_s: float) -> None:
         self.due_at = self._house.loop.time() + delay_s
@@ -279,12 +283,13 @@ class ClientConnection(asyncio.Protocol):
         self._chunked = length is None and request.http_1_1 and not self._bodiless
         if length is None and not (self._chunked or self._bodiless):
             request.keep_alive = False  # the end of the connection is the end of the body
-        ends = b"\r\n"
         if self._chunked:
             ends = b"transfer-encoding: chunked\r\n\r\n"
-        elif length is not None and not self._bodiless:
+        elif length is None or self._bodiless:
+            ends = b"\r\n"
+        else:
             ends = b"content-length: %d\r\n\r\n" % length
-        self._out.append(status_line(status) + headers + _connection_line(request) + ends)
+        self._out += status_line(status), headers, _connection_line(request), ends
 
     def write(self, data: bytes) -> None:
         if self._chunked:

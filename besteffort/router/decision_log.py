@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -30,22 +31,16 @@ _BATCH = 1024  # rows taken at once: some 0.1 ms, in which the interpreter's loc
 _CLOSE_S = 10.0
 
 
-class Entry:
+class Entry(msgspec.Struct):
     """What is known of one request, until it has ended."""
 
-    __slots__ = ("_body", "_decision", "_log", "_numbers", "_prompt", "_request_id", "error", "feed")
-
-    def __init__(
-        self, log: "DecisionLog", decision: Decision | None, body: RequestBody, request_id: bytes
-    ) -> None:
-        self._log = log
-        self._decision = decision
-        self._body: RequestBody | None = body
-        self._numbers = 1, 1  # tokens: of the prompt by its length, and wanted at most
-        self._request_id = request_id
-        self._prompt = PromptCount()
-        self.feed = self._prompt.feed  # with the answer's bytes
-        self.error: str | None = None  # an engine's
+    _log: "DecisionLog"
+    _decision: Decision | None
+    _body: RequestBody | None
+    _request_id: bytes
+    _numbers: tuple[int, int] = (1, 1)  # tokens: of the prompt by its length, and wanted at most
+    error: str | None = None  # an engine's
+    prompt: PromptCount = msgspec.field(default_factory=PromptCount)
 
     def begin(self) -> None:
         """Read what is needed of the body, which goes to no engine any more, and let go of it."""
@@ -67,7 +62,7 @@ class Entry:
         deadline_ms_per_token: float,
     ) -> None:
         self.begin()
-        stated, (estimated, num_wanted) = self._prompt.stated, self._numbers
+        stated, (estimated, num_wanted) = self.prompt.stated, self._numbers
         self._log.add(
             self._log.rows.pack(
                 route,

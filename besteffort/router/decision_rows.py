@@ -54,12 +54,9 @@ class DecisionRows:
         arrival_rate, chosen, policy = np.nan, 0, None
         batch_sizes = neighbours = q_values = b""  # which are filled up
         if decision is not None:
-            seen, chosen, policy = decision.observation, decision.chosen, decision.policy
-            arrival_rate, batch_sizes = seen.arrival_rate_per_s, seen.batch_sizes.tobytes()
-            if seen.neighbours is not None:
-                neighbours = seen.neighbours.tobytes()
-            if decision.q_values is not None:
-                q_values = decision.q_values.tobytes()
+            chosen, policy = decision.chosen, decision.policy
+            arrival_rate, batch_sizes = decision.arrival_rate_per_s, decision.batch_sizes
+            neighbours, q_values = decision.neighbours, decision.q_values
         return self._pack(
             route.arrived_at,
             route.decision_s,

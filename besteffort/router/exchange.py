@@ -3,8 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Protocol
 
 from besteffort.router.asked import Asked
@@ -12,7 +11,7 @@ from besteffort.router.decision_log import DecisionLog, Entry
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
 from besteffort.router.health import Health
 from besteffort.router.loads import Standing
-from besteffort.router.message import Header, Request, Responder, date_line
+from besteffort.router.message import AnswerHead, Request, Responder, date_line
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_event, error_reply
 from besteffort.router.receipt import Outcome, Receipts, StreamEnd
@@ -24,7 +23,8 @@ from besteffort.router.upstream import Call, Fault, Upstream
 _ERROR_EVENT = re.compile(rb'data: ?\{"error": ?\{.*"code": ?(5\d\d)\b')
 _ERROR_BEGINS = (b'data: {"error"', b'data:{"error"')
 _MAX_ERROR = 16_384  # bytes; a longer one is passed on
-_NUM_HEADS = 64  # of answers, that are kept
+_PASSED_IN = "passed in"  # noted of a request: lines of its head that go to the engine
+_NOTE = "passed out"  # of an answer's head: what of it goes to the client
 # Headers that speak of one connection and not of the answer (RFC 9110, Sec. 7.6.1), and those that
 # are written anew.
 _NOT_PASSED_OUT = frozenset(
@@ -41,9 +41,10 @@ class Shared(Protocol):
     health: Health
     metrics: Metrics
     num_in_flight: int
-    passed_in: tuple[bytes, ...]
     receipts: Receipts
     turnover: Turnover
+
+    def passed_in(self, headers: dict[bytes, bytes]) -> bytes: ...
 
     def upstream_of(self, route: Route) -> Upstream: ...
 
@@ -53,8 +54,8 @@ class Exchange:
 
     __slots__ = (
         "_asked", "_begun", "_call", "_entry", "_first_byte_at", "_head", "_held", "_is_over",
-        "_last_byte_at", "_num_answers", "_paused", "_proxy", "_request", "_responder", "_route", "_status",
-        "_stream_end", "_streams", "_tokens", "_tries",
+        "_last_byte_at", "_length", "_num_answers", "_paused", "_proxy", "_request", "_responder", "_route",
+        "_status", "_stream_end", "_streams", "_tokens", "_tries",
     )  # fmt: skip
 
     def __init__(self, proxy: Shared, request: Request, asked: Asked, responder: Responder) -> None:
@@ -65,7 +66,8 @@ class Exchange:
         self._route: Route
         self._entry: Entry | None = None  # if there is a log
         self._call: Call | None = None
-        self._head: tuple[bytes, int | None]  # lines, and the body's length
+        self._head: bytes  # its lines
+        self._length: int | None = None  # of the body
         self._tokens: TokenCount | None = None
         self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
         self._tries: Tries | None = None  # none has failed
@@ -93,9 +95,8 @@ class Exchange:
             raise
 
     def _send(self) -> None:
-        upstream = self._proxy.upstream_of(self._route)
         due_at = None if self._call is None else self._call.total_due_at  # all tries together have that long
-        self._call = upstream.send(lambda: self._rewritten(upstream), self, due_at)
+        self._call = self._proxy.upstream_of(self._route).send(self._rewritten, self, due_at)
         if self._paused:
             self._call.pause()
 
@@ -118,14 +119,19 @@ class Exchange:
 
     # What the engine's connection says: see `Sink`.
 
-    def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None:
+    def on_head(self, head: AnswerHead, length: int | None) -> None:
+        status = head.status
         if status >= 500 and self._is_given_to_another(status):
             return
         self._status = status
-        lines, self._streams, dated = _passed_out(tuple(headers))
-        self._head = lines if dated else lines + date_line(), length
+        passed: _PassedOut | None = head.notes.get(_NOTE)
+        if passed is None:
+            passed = head.notes[_NOTE] = _passed_out(head)
+        self._streams = passed.streams
+        self._head = passed.lines if passed.is_dated else passed.lines + date_line()
+        self._length = length
         # vLLM sends the head of a stream when it has taken the request, and then lets it wait.
-        if not self._streams or status >= 400:
+        if not passed.streams or status >= 400:
             self._begin(status)
 
     def on_body(self, data: bytes) -> None:
@@ -142,7 +148,7 @@ class Exchange:
         if self._tokens is not None:
             self._tokens.feed(data)
             if self._entry is not None:
-                self._entry.feed(data)
+                self._entry.prompt.feed(data)
         if self._stream_end is None:
             self._responder.write(data)
         else:
@@ -250,19 +256,19 @@ class Exchange:
             self._proxy.health.of(self._route).answered(status)
         if self._tries is not None:
             self._tries.answered(status)
-        lines, length = self._head
+        asked = self._asked
         if self._status < 400:
             self._tokens = StreamCount() if self._streams else PlainCount()
-            self._num_answers = self._asked.body.num_answers
-            if self._streams and self._asked.streams_receipt:
-                self._stream_end, length = StreamEnd(), None
+            self._num_answers = asked.body.num_answers
+            if self._streams and asked.streams_receipt:
+                self._stream_end, self._length = StreamEnd(), None
         if self._entry is not None:
             self._entry.begin()
-        self._asked.body.let_go()
-        receipt = self._proxy.receipts.lines(self._route, self._asked.deadline_ms_per_token)
+        asked.body.let_go()
+        receipt = self._proxy.receipts.lines(self._route, asked.deadline_ms_per_token)
         self._begun = True
-        lines = b"%b%bx-request-id: %b\r\n" % (lines, receipt, self._asked.request_id)
-        self._responder.begin(self._status, lines, length)
+        lines = b"%b%bx-request-id: %b\r\n" % (self._head, receipt, asked.request_id)
+        self._responder.begin(self._status, lines, self._length)
 
     def _is_given_to_another(self, status: int) -> bool:
         """Whether another replica is asked, since it may have a better answer than this one's 5xx."""
@@ -369,24 +375,14 @@ class Exchange:
 
     def _rewritten(self, upstream: Upstream) -> list[bytes]:
         """The request as the engine gets it: of the client's headers only those that it may set."""
-        body = self._asked.body.for_engine(self._route.engine.served_name)
-        headers = self._request.headers
-        passed = b""
-        for name in self._proxy.passed_in:
-            if name in headers:
-                passed += b"%b: %b\r\n" % (name, headers[name])
-        head = (
-            b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
-            # What the client did not ask to be compressed is not, and its tokens can be counted.
-            b"accept-encoding: identity\r\nx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n"
-        ) % (
-            upstream.base_path,
-            self._request.target,
-            upstream.authority,
-            self._asked.request_id,
-            len(body),
-            passed,
-        )
+        proxy, request, asked = self._proxy, self._request, self._asked
+        body = asked.body.for_engine(self._route.engine.served_name)
+        passed: bytes | None = request.notes.get(_PASSED_IN)
+        if passed is None:
+            passed = request.notes[_PASSED_IN] = proxy.passed_in(request.headers)
+        head = b"%bx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n" % (
+            upstream.post_lines(request.target), asked.request_id, len(body), passed
+        )  # fmt: skip
         return [head, body]
 
 
@@ -397,22 +393,26 @@ def _may_become_an_error(begun: bytes) -> bool:
     return any(begun.startswith(words[: len(begun)]) for words in _ERROR_BEGINS)
 
 
-@lru_cache(maxsize=_NUM_HEADS)
-def _passed_out(headers: tuple[Header, ...]) -> tuple[bytes, bool, bool]:
-    """The lines of an answer's head that go to the client, whether it is a stream, and whether it has a date.
+@dataclass(slots=True)
+class _PassedOut:
+    """Of an answer's head."""
 
-    Kept, since one answer of an engine begins like the last one, for a second at least.
-    """
-    dropped, lines, streams, dated = _NOT_PASSED_OUT, [], False, False
-    for name, value in headers:
+    lines: bytes
+    streams: bool
+    is_dated: bool
+
+
+def _passed_out(head: AnswerHead) -> _PassedOut:
+    dropped, lines, streams, is_dated = _NOT_PASSED_OUT, [], False, False
+    for name, value in head.headers:
         if name == b"connection":
             dropped = dropped.union(word.strip().lower() for word in value.split(b","))
-    for name, value in headers:
+    for name, value in head.headers:
         if name in dropped:
             continue
         lines.append(b"%b: %b\r\n" % (name, value))
         if name == b"content-type":
             streams = value.startswith(b"text/event-stream")
         elif name == b"date":
-            dated = True
-    return b"".join(lines), streams, dated
+            is_dated = True
+    return _PassedOut(b"".join(lines), streams, is_dated)

@@ -19,17 +19,20 @@ class Forecast:
         """Shape `(T, M)`, as `Rewards.relative`"""
         if rewards is not None:
             self.relative_rewards = rewards.relative.tolist()
-        self._steps_ms: list[list[float]] | None = None  # (M, batch size)
+        self._alone_ms_per_token: list[list[list[float]]] | None = None
+        """Shape `(T, M, batch size)`: of a request that is slowed down by nobody"""
         if latency is None:
             return
         num_output_tokens = np.array([round(sum(task.num_output_tokens) / 2) for task in fleet.tasks])
         prefill_ms = latency.prefill_ms(
             np.array([round(sum(task.num_prompt_tokens) / 2) for task in fleet.tasks])
         )
-        self._steps_ms = latency.step_table_ms(_MAX_BATCH_SIZE).tolist()
+        prefill_ms_per_token = (prefill_ms / num_output_tokens).T  # (T, M)
+        steps_per_token = 1.0 - 1.0 / num_output_tokens  # (T,)
+        steps_ms = latency.step_table_ms(_MAX_BATCH_SIZE)  # (M, batch size)
+        alone = prefill_ms_per_token[:, :, np.newaxis] + steps_per_token[:, np.newaxis, np.newaxis] * steps_ms
+        self._alone_ms_per_token = alone.tolist()
         self._slowdown: list[list[float]] = latency.slowdown.tolist()
-        self._prefill_ms_per_token: list[list[float]] = (prefill_ms / num_output_tokens).T.tolist()  # (T, M)
-        self._steps_per_token: list[float] = (1.0 - 1.0 / num_output_tokens).tolist()  # (T,)
 
     def latency_ms_per_token(
         self, task: int, model: int, batch_size: int, on_device: Sequence[float]
@@ -39,15 +42,15 @@ class Forecast:
         As `Latency.predicted_ms_per_token`: if all batches stayed as they are. `batch_size` is that of
         the request's replica, itself included, and `on_device` what is in flight there, by model.
         """
-        if self._steps_ms is None:
+        if self._alone_ms_per_token is None:
             return None
         busy = 0
         for other, count in enumerate(on_device):
             if count:
                 busy |= 1 << other
-        step_ms = self._steps_ms[model][batch_size if batch_size < _MAX_BATCH_SIZE else _MAX_BATCH_SIZE]
-        alone = self._prefill_ms_per_token[task][model] + self._steps_per_token[task] * step_ms
-        return self._slowdown[model][busy] * alone
+        if batch_size > _MAX_BATCH_SIZE:
+            batch_size = _MAX_BATCH_SIZE
+        return self._slowdown[model][busy] * self._alone_ms_per_token[task][model][batch_size]
 
     def utility_given_up(self, task: int, model: int) -> float | None:
         """By not taking the fleet's largest model, relative to the task's best; None without rewards."""

@@ -15,6 +15,10 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self.sum += value
 
+    @property
+    def is_empty(self) -> bool:
+        return not any(self._counts)
+
     def buckets(self) -> list[tuple[str, float]]:
         """As prometheus_client takes them: upper bounds, and how many values are at most that."""
         names = [*(str(float(bound)) for bound in self._bounds), "+Inf"]

@@ -26,12 +26,13 @@ class KnownHead:
     it said of the first message it would say of this one.
     """
 
-    __slots__ = ("_after", "_before", "_begin", "_last")
+    __slots__ = ("_begin", "_last", "_num_after", "_stating")
 
     def __init__(self, before: bytes, after: bytes) -> None:
-        self._before, self._after = before, after
+        self._stating = before.replace(b"%", b"%%") + b"%d" + after.replace(b"%", b"%%")
         self._begin = len(before)  # of the digits
-        self._last = self._begin + _MAX_DIGITS + len(after)
+        self._last = self._begin + _MAX_DIGITS + 1
+        self._num_after = len(after)
 
     @classmethod
     def of(cls, message: bytes, max_head: int) -> Self | None:
@@ -46,11 +47,7 @@ class KnownHead:
 
     def body_in(self, message: bytes) -> bytes | None:
         """None where these bytes are not this head and a body of the length that it states, or are more."""
-        begin, after = self._begin, self._after
-        if not message.startswith(self._before):
-            return None
-        end = message.find(after, begin, self._last)
-        if end < 0:
-            return None
-        digits, body = message[begin:end], message[end + len(after) :]
-        return body if digits.isdigit() and int(digits) == len(body) else None
+        num_head = message.find(b"\r", self._begin, self._last) + self._num_after
+        if message.startswith(self._stating % (len(message) - num_head)):
+            return message[num_head:]
+        return None

@@ -1,5 +1,6 @@
 """Requests in flight at every replica, and which replica takes the next; no step costs more than log."""
 
+import struct
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -29,24 +30,33 @@ class Loads:
         self._num_up = list(num_replicas)
         self.closed: tuple[int, ...] = ()
         """The models of which no replica is up"""
-        self.total = 0  # in flight
         self.totals = [0] * len(num_replicas)  # in flight by model
         self._totals_up = [0] * len(num_replicas)  # of these at replicas that are up
-        self._batch_sizes = np.zeros(len(num_replicas))
+        self._batch_sizes = [0.0] * len(num_replicas)
         self._orders = [_Order(number) for number in num_replicas]
+        self.least = [0] * len(num_replicas)
+        """Of each model's replicas that stand best the one with the smallest count, of equals the first"""
         self._num_devices = num_devices
-        # Then by model; as floats, which numpy takes in half the time.
+        # Then by model; as floats, which are packed in half the time.
         self._on_device = [[0.0] * len(num_replicas) for _ in range(num_devices)]
+        shape = 1 + len(num_replicas), len(num_replicas)
+        self._packed = bytearray(8 * shape[0] * shape[1])  # what a policy sees, as doubles
+        self._pack_into = struct.Struct(f"{shape[0] * shape[1]}d").pack_into
+        packed = np.frombuffer(self._packed).reshape(shape)
+        self._seen = packed[0], packed[1:]
 
     def add(self, model: int, replica: int, change: int) -> None:
         """Note that so many requests came to the replica, or left it."""
-        self.in_flight[model][replica] += change
+        counts = self.in_flight[model]
+        count = counts[replica] = counts[replica] + change
         self.totals[model] += change
-        self.total += change
         self._on_device[replica % self._num_devices][model] += change
         if self._standings[model][replica] == _UP:
-            self._totals_up[model] += change
-        self._settle(model, replica)
+            total = self._totals_up[model] = self._totals_up[model] + change
+            self._batch_sizes[model] = total / self._num_up[model]
+            self.least[model] = self._orders[model].put(replica, count)
+        else:
+            self._settle(model, replica)
 
     def stand(self, model: int, replica: int, standing: Standing) -> None:
         """From now on. What is in flight there goes on being counted."""
@@ -60,7 +70,8 @@ class Loads:
     def _settle(self, model: int, replica: int) -> None:
         """Bring all that follows from the counts up to date."""
         count = self.in_flight[model][replica]
-        self._orders[model].put(replica, count + self._standings[model][replica] * _WORSE)
+        rank = count + self._standings[model][replica] * _WORSE
+        self.least[model] = self._orders[model].put(replica, rank)
         if self._num_up[model]:
             self._batch_sizes[model] = self._totals_up[model] / self._num_up[model]
         else:
@@ -71,29 +82,22 @@ class Loads:
 
     def best(self, model: int) -> Standing:
         """How the best of the model's replicas stand."""
-        return self.standing(model, self.least(model))
+        return self.standing(model, self.least[model])
 
-    def least(self, model: int) -> int:
-        """Of the model's replicas that stand best the one with the smallest count, of equals the first."""
-        return self._orders[model].first
-
-    def batch_sizes(self) -> NDArray[np.float64]:
-        """`Observation.batch_sizes`, of the replicas that are up; of all where none is."""
-        return self._batch_sizes.copy()
+    def seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """`Observation.batch_sizes`, of the replicas that are up or, where none is, of all; and
+        `Observation.neighbours`. Good until the next call: one array is made once, and written again."""
+        seen, on_device, num_devices = self._batch_sizes.copy(), self._on_device, self._num_devices
+        num_models = len(seen)
+        for model, replica in enumerate(self.least):
+            seen += on_device[replica % num_devices]
+            seen[model - num_models] = self.in_flight[model][replica]
+        self._pack_into(self._packed, 0, *seen)
+        return self._seen
 
     def on_device(self, replica: int) -> list[float]:
         """Requests in flight by model, on the device of this replica; to be read only."""
         return self._on_device[replica % self._num_devices]
-
-    def neighbours(self) -> NDArray[np.float64]:
-        """`Observation.neighbours`."""
-        seen: list[float] = []
-        num_models = len(self._orders)
-        for model, order in enumerate(self._orders):
-            replica = order.first
-            seen += self._on_device[replica % self._num_devices]
-            seen[model - num_models] = float(self.in_flight[model][replica])
-        return np.array(seen).reshape(num_models, num_models)
 
 
 class _Order:
@@ -109,9 +113,9 @@ class _Order:
         self._nodes[self._num_leaves :] = [leaf if leaf < size else last for leaf in range(self._num_leaves)]
         for node in range(self._num_leaves - 1, 0, -1):
             self._nodes[node] = min(self._nodes[2 * node], self._nodes[2 * node + 1])
-        self.first = 0
 
-    def put(self, replica: int, count: int) -> None:
+    def put(self, replica: int, count: int) -> int:
+        """Who is first from now on."""
         nodes = self._nodes
         node = self._num_leaves + replica
         nodes[node] = count * self._size + replica
@@ -121,6 +125,6 @@ class _Order:
                 lesser = other
             node >>= 1
             if nodes[node] == lesser:
-                return
+                break
             nodes[node] = lesser
-        self.first = nodes[1] % self._size
+        return nodes[1] % self._size

@@ -7,13 +7,14 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Protocol
 
+import msgspec
+
 Header = tuple[bytes, bytes]
 
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct):
     """`target` is a path, with its query cut off; names of headers are in lower case.
 
     Headers and `notes` are shared by requests whose heads are the same: the first never change once they are
@@ -26,7 +27,18 @@ class Request:
     http_1_1: bool = True
     keep_alive: bool = True
     body: bytes = b""
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class AnswerHead(msgspec.Struct):
+    """An engine's. Names of headers are in lower case; the head, and `notes`, are shared as a request's are.
+
+    A length that is among the headers may be another answer's.
+    """
+
+    status: int
+    headers: list[Header]
+    notes: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +122,7 @@ class DateLine:
         self._second = 0
         self._line = b""
 
-    def __call__(self) -> bytes:
+    def line(self) -> bytes:
         second = int(time.time())
         if second != self._second:
             self._second = second
@@ -118,4 +130,4 @@ class DateLine:
         return self._line
 
 
-date_line = DateLine()
+date_line = DateLine().line

@@ -4,8 +4,8 @@ They are kept in plain numbers and put into prometheus_client's form when it ask
 would cost as much as the rest of a request's way.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -19,24 +19,32 @@ from besteffort.router.histogram import Histogram
 
 _LATENCY_BUCKETS_MS = (2, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 400, 800, 1600)
 _TTFT_BUCKETS_MS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240)
+_OUTCOMES = ("ok", "refused", "failed", "cancelled")
 _STATES = (State.CLOSED, State.HALF_OPEN, State.OPEN)
 _DECISION_BUCKETS_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
+
+
+class _Cell:
+    """What came of one task's requests at one model."""
+
+    __slots__ = ("late_weight", "latency", "num_late", "num_met", "outcomes", "ttft")
+
+    def __init__(self) -> None:
+        self.outcomes = dict.fromkeys(_OUTCOMES, 0)
+        self.num_met = self.num_late = 0  # deadlines
+        self.late_weight = 0.0  # what is left of answers that came late
+        self.latency = Histogram(_LATENCY_BUCKETS_MS)
+        self.ttft = Histogram(_TTFT_BUCKETS_MS)
 
 
 class Metrics(Collector):
     def __init__(self, dispatcher: Dispatcher, health: Health) -> None:
         self._dispatcher = dispatcher
         self._health = health
-        # By task, model and outcome, whether the deadline was met, or replica.
-        self.requests: Counter[tuple[int, int, str]] = Counter()
-        self._deadlines: Counter[tuple[int, int, str]] = Counter()
-        self._retries: Counter[tuple[int, int, str]] = Counter()
+        fleet = dispatcher.fleet
+        self._cells = [[_Cell() for _ in fleet.models] for _ in fleet.tasks]  # by task, then by model
+        self._retries: Counter[tuple[int, int, str]] = Counter()  # by task, model and replica
         self.turned_away: Counter[str] = Counter()  # by reason
-        # What is left of answers that came late, by task and model.
-        self._late_weights = defaultdict[tuple[int, int], float](float)
-        # By task and model.
-        self._latency = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_LATENCY_BUCKETS_MS))
-        self._ttft = defaultdict[tuple[int, int], Histogram](lambda: Histogram(_TTFT_BUCKETS_MS))
         self._decision = Histogram(_DECISION_BUCKETS_S)
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -46,7 +54,7 @@ class Metrics(Collector):
         self._registry.register(others)
 
     def ended(self, route: Route, outcome: str) -> None:
-        self.requests[route.task, route.model, outcome] += 1
+        self._cells[route.task][route.model].outcomes[outcome] += 1
         if not route.pinned:  # else there was nothing to decide
             self._decision.observe(route.decision_s)
 
@@ -54,25 +62,36 @@ class Metrics(Collector):
         self._retries[failed.task, failed.model, str(failed.replica)] += 1
 
     @property
+    def requests(self) -> dict[tuple[int, int, str], int]:
+        """By task, model and outcome, of which there was at least one."""
+        return {(*at, outcome): n for at, cell in self._all() for outcome, n in cell.outcomes.items() if n}
+
+    def _all(self) -> Iterable[tuple[tuple[int, int], _Cell]]:
+        """By task and model."""
+        for task, of_task in enumerate(self._cells):
+            for model, cell in enumerate(of_task):
+                yield (task, model), cell
+
+    @property
     def num_retries(self) -> int:
         return self._retries.total()
 
     def began(self, route: Route, first_byte_at: float) -> None:
         """A stream; of a plain answer the first byte says nothing about the first token."""
-        self._ttft[route.task, route.model].observe(1000.0 * (first_byte_at - route.arrived_at))
+        self._cells[route.task][route.model].ttft.observe(1000.0 * (first_byte_at - route.arrived_at))
 
     def answered(self, route: Route, latency_ms_per_token: float, deadline_ms_per_token: float) -> None:
         """An answer with a token count."""
-        at = route.task, route.model
-        self._latency[at].observe(latency_ms_per_token)
+        cell = self._cells[route.task][route.model]
+        cell.latency.observe(latency_ms_per_token)
         if latency_ms_per_token <= deadline_ms_per_token:
-            self._deadlines[*at, "yes"] += 1
+            cell.num_met += 1
             return
-        self._deadlines[*at, "no"] += 1
+        cell.num_late += 1
         kind = self._dispatcher.fleet.deadline_kind
         if kind == "soft":
             weight = deadline_weight(latency_ms_per_token, deadline_ms_per_token, kind)
-            self._late_weights[at] += float(weight)
+            cell.late_weight += float(weight)
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -89,7 +108,12 @@ class Metrics(Collector):
             "besteffort_deadlines",
             "Answered requests by whether their deadline was met.",
             "met",
-            self._deadlines,
+            {
+                (*at, met): number
+                for at, cell in self._all()
+                for met, number in (("yes", cell.num_met), ("no", cell.num_late))
+                if number
+            },
         )
         yield self._counter(
             "besteffort_retries",
@@ -102,12 +126,12 @@ class Metrics(Collector):
         yield self._histogram(
             "besteffort_latency_ms_per_token",
             "Time from arrival at the router to the last token, per output token.",
-            self._latency,
+            lambda cell: cell.latency,
         )
         yield self._histogram(
             "besteffort_ttft_ms",
             "Time from arrival at the router to the first event of a streamed answer.",
-            self._ttft,
+            lambda cell: cell.ttft,
         )
         decision = self._decision
         yield HistogramMetricFamily(
@@ -124,7 +148,9 @@ class Metrics(Collector):
             value=self._dispatcher.arrival_rate_per_s,
         )
 
-    def _counter(self, name: str, about: str, label: str, counts: Counter[tuple[int, int, str]]) -> Metric:
+    def _counter(
+        self, name: str, about: str, label: str, counts: Mapping[tuple[int, int, str], int]
+    ) -> Metric:
         family = CounterMetricFamily(name, about, labels=["task", "model", label])
         for (task, model, value), count in counts.items():
             family.add_metric([*self._names(task, model), value], count)
@@ -156,18 +182,21 @@ class Metrics(Collector):
             "What the best models' answers in time would have been worth; failed requests count too.",
             labels=labels,
         )
-        for task, model in sorted({(task, model) for task, model, _ in self.requests}):
-            met, missed = (self._deadlines[task, model, word] for word in ("yes", "no"))
-            weight = met + self._late_weights[task, model]
-            had.add_metric(self._names(task, model), weight * rewards[task][model])
-            peak.add_metric(self._names(task, model), met + missed + self.requests[task, model, "failed"])
+        for (task, model), cell in self._all():
+            if any(cell.outcomes.values()):
+                weight = cell.num_met + cell.late_weight
+                had.add_metric(self._names(task, model), weight * rewards[task][model])
+                num = cell.num_met + cell.num_late + cell.outcomes["failed"]
+                peak.add_metric(self._names(task, model), num)
         yield had
         yield peak
 
-    def _histogram(self, name: str, about: str, histograms: dict[tuple[int, int], Histogram]) -> Metric:
+    def _histogram(self, name: str, about: str, of: Callable[[_Cell], Histogram]) -> Metric:
         family = HistogramMetricFamily(name, about, labels=["task", "model"])
-        for (task, model), histogram in histograms.items():
-            family.add_metric(self._names(task, model), histogram.buckets(), histogram.sum)
+        for (task, model), cell in self._all():
+            histogram = of(cell)
+            if not histogram.is_empty:
+                family.add_metric(self._names(task, model), histogram.buckets(), histogram.sum)
         return family
 
     def _in_flight(self) -> Metric:

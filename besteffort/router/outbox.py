@@ -8,9 +8,8 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-SMALL = 65_536  # bytes; up to this, copying costs less than writing in parts
-_MAX_HELD = 262_144  # bytes; more is written at once, so that a client that does not read is noticed
-_MAX_TOGETHER = 16  # messages; of more the first would wait too long
+SMALL = 16_384  # bytes; a larger message is written at once, in parts, which costs less than to copy it
+_MAX_TOGETHER = 16  # messages; of more the first would wait too long, and a client's not reading go unnoticed
 _TRY_EVERY = 16  # messages that are written at once, before one is held to see whether it has company
 
 
@@ -23,8 +22,8 @@ class Outbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._held: deque[tuple[asyncio.WriteTransport, bytes]] = deque()
-        self._num_bytes = 0  # held
-        self._num_gathered = 0  # messages in this turn, those that were flushed before its end included
+        self._num_flushed = 0  # messages that were held in this turn, and are not any more
+        self._turn_ends = False  # will be told of it
         self._gathers = False  # the last ones had company
         self._num_alone = 0
 
@@ -36,8 +35,14 @@ class Outbox:
         if size > SMALL:
             self.flush()
             transport.writelines(parts)
-        elif self._num_gathered or self._gathers or self._num_alone >= _TRY_EVERY:
-            self._hold(transport, b"".join(parts), size)
+        elif self._gathers or self._turn_ends or self._num_alone >= _TRY_EVERY:
+            held = self._held
+            held.append((transport, b"".join(parts)))
+            if not self._turn_ends:
+                self._turn_ends = True
+                self.loop.call_soon(self._end_turn)
+            elif len(held) == _MAX_TOGETHER:
+                self.flush()
         else:
             self._num_alone += 1
             transport.write(b"".join(parts))
@@ -45,23 +50,15 @@ class Outbox:
     def flush(self) -> None:
         """Write what is held."""
         held = self._held
-        self._num_bytes = 0
+        self._num_flushed += len(held)
         while held:
             transport, data = held.popleft()
             if not transport.is_closing():
                 transport.write(data)
 
-    def _hold(self, transport: asyncio.WriteTransport, data: bytes, size: int) -> None:
-        if not self._num_gathered:
-            self.loop.call_soon(self._end_turn)
-        self._num_gathered += 1
-        self._held.append((transport, data))
-        self._num_bytes += size
-        if self._num_bytes > _MAX_HELD or len(self._held) >= _MAX_TOGETHER:
-            self.flush()
-
     def _end_turn(self) -> None:
         """Everyone has been heard."""
-        self._gathers = self._num_gathered > 1
-        self._num_gathered = self._num_alone = 0
+        self._gathers = self._num_flushed + len(self._held) > 1
+        self._turn_ends = False
         self.flush()
+        self._num_flushed = self._num_alone = 0

@@ -1,10 +1,10 @@
 """A question of our own to an engine: is it well, and does it answer?"""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from besteffort.router.loads import Standing
-from besteffort.router.message import Header
+from besteffort.router.message import AnswerHead
 from besteffort.router.upstream import Fault, Upstream
 
 
@@ -34,7 +34,7 @@ class Probe:
     ) -> None:
         self._hear = hear
         self._status = 0
-        self._call = upstream.send(lambda: [question], self)
+        self._call = upstream.send(lambda upstream: [question], self)
         self._timer = upstream.loop.call_later(wait_s, self._give_up)
 
     def cancel(self) -> None:
@@ -47,8 +47,8 @@ class Probe:
 
     # What the engine's connection says: see `Sink`.
 
-    def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None:
-        self._status = status
+    def on_head(self, head: AnswerHead, length: int | None) -> None:
+        self._status = head.status
 
     def on_body(self, data: bytes) -> None:
         pass

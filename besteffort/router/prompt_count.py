@@ -2,20 +2,20 @@
 
 import re
 
+import msgspec
+
 _KEY = b'"prompt_tokens"'
 _USAGE = re.compile(rb'"prompt_tokens"\s{0,64}:\s{0,64}(\d{1,18})\s{0,64}[,}]')
 _OVERLAP = 192  # at least the longest match
+_BRACKET = ord("[")
 _BYTES_PER_TOKEN = 4  # of English, in the vocabularies of today
 
 
-class PromptCount:
+class PromptCount(msgspec.Struct):
     """Fed with an answer's bytes as they pass; as in `token_count`, nothing is decoded."""
 
-    __slots__ = ("_tail", "stated")
-
-    def __init__(self) -> None:
-        self._tail = b""
-        self.stated: int | None = None
+    _tail: bytes = b""
+    stated: int | None = None
 
     def feed(self, data: bytes) -> None:
         if self._tail:
@@ -29,7 +29,6 @@ def estimate(prompt: memoryview | None) -> int:
     """Of a prompt or messages, in JSON; at least 1. Token ids are counted, text is measured."""
     if prompt is None:
         return 1
-    begin = bytes(prompt[:16])
-    if begin.startswith(b"[") and begin[1:].lstrip()[:1].isdigit():
+    if prompt[0] == _BRACKET and bytes(prompt[1:16]).lstrip()[:1].isdigit():
         return bytes(prompt).count(b",") + 1
-    return max(1, len(prompt) // _BYTES_PER_TOKEN)
+    return len(prompt) // _BYTES_PER_TOKEN or 1

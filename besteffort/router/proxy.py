@@ -12,7 +12,7 @@ from besteffort.router.dispatcher import Dispatcher, ModelFullError, NoReplicaEr
 from besteffort.router.exchange import Exchange
 from besteffort.router.health import Health
 from besteffort.router.limits import Limits
-from besteffort.router.message import Job, Refusal, Reply, Request, Responder
+from besteffort.router.message import Job, Refusal, Reply, Request, Responder, header_lines
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_reply
 from besteffort.router.receipt import Receipts
@@ -21,7 +21,7 @@ from besteffort.router.upstream import Upstream
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 # Headers that go to the engine as the client wrote them. All others stay here.
-_PASSED_IN: tuple[bytes, ...] = (b"traceparent", b"tracestate")
+_PASSED_IN = (b"traceparent", b"tracestate")
 
 
 class Proxy:
@@ -44,7 +44,7 @@ class Proxy:
         self.metrics = metrics
         self.limits = limits
         self.num_in_flight = 0
-        self.passed_in = (*_PASSED_IN, b"authorization") if forward_authorization else _PASSED_IN
+        self._passed_in = (*_PASSED_IN, b"authorization") if forward_authorization else _PASSED_IN
         self.receipts = Receipts(dispatcher)
         self.turnover = Turnover(limits.max_in_flight)
         self._reader = AskedReader(dispatcher.fleet)
@@ -77,6 +77,10 @@ class Proxy:
         self.metrics.turned_away["overloaded"] += 1
         retry_after_s = self.turnover.retry_after_s(self.dispatcher.clock())
         return error_reply(429, "Too many requests", "overloaded", retry_after_s=retry_after_s)
+
+    def passed_in(self, headers: dict[bytes, bytes]) -> bytes:
+        """The lines of a client's head that go to an engine."""
+        return header_lines((name, headers[name]) for name in self._passed_in if name in headers)
 
     def upstream_of(self, route: Route) -> Upstream:
         return self._upstreams[route.model][route.replica]

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 
 from besteffort.router.dispatcher import Dispatcher, Route
 from besteffort.router.message import header_lines
@@ -11,6 +12,8 @@ from besteffort.router.message import header_lines
 DEADLINE_HEADER = "x-besteffort-deadline-ms-per-token"
 RECEIPT_HEADER = "x-besteffort-receipt"
 STREAMED = b"stream"  # that header's only value
+
+_NUM_KEPT = 4096  # heads of answers, less than 1 KiB each
 
 _DONE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 _DONE_AS_WRITTEN = (b"data: [DONE]", b"data:[DONE]")
@@ -28,25 +31,35 @@ class Outcome:
 class Receipts:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._made: dict[tuple[int, int, int, str], bytes] = {}
+        # Kept, since the same few replicas answer with the same few batch sizes.
+        self._lines = lru_cache(_NUM_KEPT)(self._make_lines)
 
     def lines(self, route: Route, deadline_ms_per_token: float) -> bytes:
         """The headers of an answer, which say all that is known before it comes."""
-        key = (route.task, route.model, route.replica, route.policy)
-        lines = self._made.get(key)
-        if lines is None:
-            facts = {name: value for name, value in self._facts(route).items() if value is not None}
-            pairs = [
-                (b"x-besteffort-" + name.replace("_", "-").encode(), _written(value))
-                for name, value in facts.items()
-            ]
-            lines = self._made[key] = header_lines(pairs)
-        if route.predicted_ms_per_token is None:
-            return b"%bx-besteffort-deadline-ms-per-token: %g\r\n" % (lines, deadline_ms_per_token)
-        return (
-            b"%bx-besteffort-deadline-ms-per-token: %g\r\n"
-            b"x-besteffort-predicted-latency-ms-per-token: %.4g\r\n"
-        ) % (lines, deadline_ms_per_token, route.predicted_ms_per_token)
+        predicted = route.predicted_ms_per_token
+        return self._lines(
+            route.task, route.model, route.replica, route.policy, deadline_ms_per_token, predicted
+        )
+
+    def _make_lines(
+        self,
+        task: int,
+        model: int,
+        replica: int,
+        policy: str,
+        deadline_ms_per_token: float,
+        predicted_ms_per_token: float | None,
+    ) -> bytes:
+        facts = {
+            **self._facts(task, model, replica, policy),
+            "deadline_ms_per_token": deadline_ms_per_token,
+            "predicted_latency_ms_per_token": _rounded(predicted_ms_per_token),
+        }
+        return header_lines(
+            (b"x-besteffort-" + name.replace("_", "-").encode(), _written(value))
+            for name, value in facts.items()
+            if value is not None
+        )
 
     def event(
         self,
@@ -60,7 +73,7 @@ class Receipts:
         """The same and the outcome, as an event without a choice: clients know such from `include_usage`."""
         latency = outcome.latency_ms_per_token
         receipt = {
-            **self._facts(route),
+            **self._facts(route.task, route.model, route.replica, route.policy),
             "deadline_ms_per_token": deadline_ms_per_token,
             "predicted_latency_ms_per_token": _rounded(route.predicted_ms_per_token),
             "latency_ms_per_token": _rounded(latency),
@@ -78,15 +91,15 @@ class Receipts:
         }
         return b"data: " + json.dumps(event).encode() + b"\n\n"
 
-    def _facts(self, route: Route) -> dict[str, str | int | float | None]:
+    def _facts(self, task: int, model: int, replica: int, policy: str) -> dict[str, str | int | float | None]:
         fleet = self._dispatcher.fleet
         forecast = self._dispatcher.forecast
-        given_up = None if forecast is None else forecast.utility_given_up(route.task, route.model)
+        given_up = None if forecast is None else forecast.utility_given_up(task, model)
         return {
-            "model": fleet.model_names[route.model],
-            "replica": route.replica,
-            "task": fleet.task_names[route.task],
-            "policy": route.policy,
+            "model": fleet.model_names[model],
+            "replica": replica,
+            "task": fleet.task_names[task],
+            "policy": policy,
             "utility_given_up": _rounded(given_up),
         }
 

@@ -1,12 +1,11 @@
 """Strict reading of an engine's answers."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import httptools
 
 from besteffort.router.known_head import KnownHead, is_to_be_kept
-from besteffort.router.message import Header
+from besteffort.router.message import AnswerHead, Header
 
 _CHUNKED = b"chunked"
 _MAX_INTERIM = 16
@@ -17,7 +16,7 @@ class BadResponseError(Exception):
 
 
 class Taker(Protocol):
-    def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None: ...
+    def on_head(self, head: AnswerHead, length: int | None) -> None: ...
 
     def on_body(self, data: bytes) -> None: ...
 
@@ -30,7 +29,8 @@ class ResponseReader:
         self._taker: Taker | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._known: KnownHead | None = None  # and the answer that began with it
-        self._first: tuple[int, tuple[Header, ...]]
+        self._head: AnswerHead  # the last one that was parsed
+        self._first: AnswerHead
         self._num_missed = 0  # heads in a row that were not known
         self.complete = self.reusable = self.has_begun = True
         self._untouched = False
@@ -47,7 +47,6 @@ class ResponseReader:
         self._num_interim = 0
         self._length: int | None = None
         self._chunked = self._bodiless = False
-        self._status = 0
         self._headers: list[Header] = []
         self._num_head = 0
 
@@ -79,15 +78,14 @@ class ResponseReader:
     def _remember(self, answer: bytes) -> None:
         """Where all of these bytes are that answer's, one with the same head need not be parsed."""
         self._known = KnownHead.of(answer, self._max_head)
-        self._first = self._status, tuple(self._headers)
+        self._first = self._head
 
-    def _take_again(self, first: tuple[int, tuple[Header, ...]], body: bytes) -> None:
-        """An answer with the same head. Its headers state the first one's length, which nobody passes on."""
+    def _take_again(self, first: AnswerHead, body: bytes) -> None:
+        """An answer with the same head."""
         self._num_missed = 0
-        status, headers = first
         taker = self._taker
         assert taker is not None, "an answer is somebody's"
-        taker.on_head(status, headers, len(body))
+        taker.on_head(first, len(body))
         if body:
             self.has_begun = True
             if self._taker is not None:  # else the head was enough to leave it
@@ -145,10 +143,10 @@ class ResponseReader:
             self._headers = []
             return
         self._has_head = True
-        self._status = status
+        self._head = AnswerHead(status, self._headers)
         self._bodiless = status in (204, 304)
         assert self._taker is not None, "an answer is somebody's"
-        self._taker.on_head(status, self._headers, self._length)
+        self._taker.on_head(self._head, self._length)
 
     def on_body(self, data: bytes) -> None:
         self._silent = 0

@@ -4,7 +4,9 @@ Inside a JSON string a quote is written `\\"`, so the patterns below, which hold
 """
 
 import re
-from typing import Protocol
+from typing import ClassVar, Protocol
+
+import msgspec
 
 # Patterns are bounded, so that no answer can make them hold on to more than this.
 _USAGE = re.compile(rb'"completion_tokens"\s{0,64}:\s{0,64}(\d{1,18})\s{0,64}[,}]')
@@ -24,7 +26,8 @@ class TokenCount(Protocol):
     `failed`: in the midst of a stream there was an error.
     """
 
-    failed: bool
+    @property
+    def failed(self) -> bool: ...
 
     def feed(self, data: bytes) -> None: ...
 
@@ -32,14 +35,12 @@ class TokenCount(Protocol):
     def total(self) -> int: ...
 
 
-class PlainCount:
+class PlainCount(msgspec.Struct):
     """Of an answer that comes whole: what it states as its usage; 0 if it does not."""
 
-    failed = False
-
-    def __init__(self) -> None:
-        self._tail = b""
-        self.total = 0
+    failed: ClassVar[bool] = False
+    _tail: bytes = b""
+    total: int = 0
 
     def feed(self, data: bytes) -> None:
         if self._tail:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
+import msgspec
+
 from besteffort.router.limits import Limits
-from besteffort.router.message import Header
+from besteffort.router.message import AnswerHead
 from besteffort.router.outbox import Outbox
 from besteffort.router.response_reader import BadResponseError, ResponseReader
 from besteffort.router.watch import Watch
@@ -24,7 +26,7 @@ _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout",
 _LACKS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 _COMPLAIN_EVERY_S = 60.0
 
-Write = Callable[[], Sequence[bytes]]
+Write = Callable[["Upstream"], Sequence[bytes]]
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
@@ -52,7 +54,7 @@ class Sink(Protocol):
     Where one of these raises, that is logged, the call is cancelled, and `on_crash` is the last that comes.
     """
 
-    def on_head(self, status: int, headers: Sequence[Header], length: int | None) -> None: ...
+    def on_head(self, head: AnswerHead, length: int | None) -> None: ...
 
     def on_body(self, data: bytes) -> None: ...
 
@@ -83,6 +85,7 @@ class Upstream:
         self.loop = loop
         self.outbox = outbox
         self.idle: list[UpstreamConnection] = []
+        self._post_lines: dict[bytes, bytes] = {}  # by path, of which there are few
         self._complains_at = -math.inf
 
     def send(self, write: Write, sink: Sink, total_due_at: float | None = None) -> "Call":
@@ -103,6 +106,17 @@ class Upstream:
         call.connect()
         return call
 
+    def post_lines(self, path: bytes) -> bytes:
+        """What a head begins with that posts JSON there."""
+        lines = self._post_lines.get(path)
+        if lines is None:
+            lines = self._post_lines[path] = (
+                b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
+                # What the client did not ask to be compressed is not, and its tokens can be counted.
+                b"accept-encoding: identity\r\n"
+            ) % (self.base_path, path, self.authority)
+        return lines
+
     def close(self) -> None:
         while self.idle:
             self.idle.pop().close()
@@ -114,19 +128,16 @@ class Upstream:
             log.warning("no connection to %s: %s", self.authority.decode(), error.strerror or error)
 
 
-class Call:
+class Call(msgspec.Struct):
     """One request at an engine, until its answer is whole, or it failed, or nobody wants it any more."""
 
-    __slots__ = ("_connecting", "_upstream", "connection", "paused", "sink", "total_due_at", "write")
-
-    def __init__(self, upstream: Upstream, write: Write, sink: Sink, total_due_at: float) -> None:
-        self._upstream = upstream
-        self.write = write
-        self.sink = sink
-        self.connection: UpstreamConnection | None = None
-        self._connecting: asyncio.Task[None] | None = None
-        self.total_due_at = total_due_at
-        self.paused = False
+    _upstream: Upstream
+    write: Write
+    sink: Sink
+    total_due_at: float
+    connection: "UpstreamConnection | None" = None
+    _connecting: asyncio.Task[None] | None = None
+    paused: bool = False
 
     def connect(self) -> None:
         self._connecting = self._upstream.loop.create_task(self._connect())
@@ -213,13 +224,13 @@ class UpstreamConnection(asyncio.Protocol):
         if not self.is_open:  # closed between being made and being taken
             call.fail(Fault("connect", "closed as soon as it was open"))
             return
-        request = call.write()
+        request = call.write(self._upstream)
         self._call = call
         self._reused = reused
         self._unanswered = True
         call.connection = self
         self._reader.expect(call.sink)
-        self.due_at = min(self._upstream.loop.time() + self._upstream.limits.first_byte_s, call.total_due_at)
+        self._wait_for_more()
         if call.paused:  # while it was connecting
             self.pause()
         self._upstream.outbox.send(self._transport, request)
@@ -307,7 +318,8 @@ class UpstreamConnection(asyncio.Protocol):
         call, limits = self._call, self._upstream.limits
         assert call is not None, "there is more to come"
         wait_s = limits.between_bytes_s if self._reader.has_begun else limits.first_byte_s
-        self.due_at = min(self._upstream.loop.time() + wait_s, call.total_due_at)
+        due_at, total_due_at = self._upstream.loop.time() + wait_s, call.total_due_at
+        self.due_at = due_at if due_at < total_due_at else total_due_at  # quicker than `min`
 
     def _end(self, call: Call) -> None:
         idle = self._upstream.idle
