@@ -1,6 +1,8 @@
 """The side that faces clients: what they may send, how slowly, and what they get for it."""
 
+import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import re
@@ -19,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,9 +34,10 @@ from besteffort.router.limits import MEBIBYTE
 from besteffort.router.message import Reply, Request
 from besteffort.router.metrics import Metrics
 from besteffort.router.request_reader import Budget, RequestReader
+from besteffort.router.tls_door import TlsDoor
 from besteffort.stages.serve import tls_context
 from tests.fake_engine import plain_answer, wait_for
-from tests.routing import Door, completion, door, limited, read_all, read_response
+from tests.routing import PATIENCE_S, Door, completion, door, limited, read_all, read_response
 
 
 def answer(connection: socket.socket, _: int) -> None:
@@ -605,6 +609,23 @@ def test_a_drained_router_answers_what_it_has_and_takes_no_more(fleet: Fleet) ->
         assert read_all(idle) == b""
 
 
+def test_who_has_just_connected_when_the_router_ends_is_answered(fleet: Fleet) -> None:
+    with contextlib.ExitStack() as running:
+        one = running.enter_context(door(fleet, answer))
+        old = one.connect()
+        time.sleep(0.4)
+        new = one.connect()
+        one.ask(completion(_BODY))  # by now both are accepted
+        ending = threading.Thread(target=running.close)
+        ending.start()
+        with old, new:
+            assert read_all(old) == b"", "it had its time to ask"
+            new.sendall(completion(_BODY))
+            response, _ = read_response(new)
+        assert (response.status, response.headers["connection"]) == (200, "close")
+        ending.join()
+
+
 def test_a_drain_has_an_end(fleet: Fleet) -> None:
     def hang(connection: socket.socket, _: int) -> None:
         connection.recv(1)
@@ -641,6 +662,29 @@ def test_it_speaks_tls(fleet: Fleet, certificate: Path) -> None:
             assert statuses(read_all(client)) == [400]
         one.connect().close()  # no handshake at all
         one.settled()
+
+
+@pytest.mark.parametrize("num_turns", [0, 1, 3])
+def test_a_handshake_that_is_given_up_leaves_no_socket_open(certificate: Path, num_turns: int) -> None:
+    """Not even one that has not begun; it would be a warning, and warnings are errors here."""
+
+    async def give_up(client: socket.socket) -> None:
+        entrance = TlsDoor(listener, tls_context(certificate, None), asyncio.Protocol, lambda: True, 9.0)
+        client.connect(listener.getsockname())
+        entrance._accept()
+        assert entrance.num_handshakes == 1
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        entrance.close()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert entrance.num_handshakes == 0
+        gc.collect()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.settimeout(PATIENCE_S)
+        uvloop.run(give_up(client))
+        assert closed(client)
 
 
 def closed(client: socket.socket) -> bool:

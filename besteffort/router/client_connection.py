@@ -27,6 +27,7 @@ from besteffort.router.watch import Watch
 log = logging.getLogger(__name__)
 
 _LINGER_S = 2.0  # how long a refused client may go on sending, so that it gets to read why
+_JUST_CAME_S = 0.25  # who connected so long ago at most has surely sent something
 _MAX_UNREAD = 65_536  # of requests that came before their turn
 _PIECE = 16_384  # bytes read at a time: there may be hundreds of requests in as much
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -68,6 +69,7 @@ class ClientConnection(asyncio.Protocol):
         self._paused = False  # the client does not read what we wrote
         self._out: list[bytes] = []
         self._chunked = self._bodiless = False
+        self._came_at = house.loop.time()
         self.due_at = math.inf
 
     # The following are called by the event loop and by the watch.
@@ -320,8 +322,11 @@ class ClientConnection(asyncio.Protocol):
     # Ends.
 
     def drain(self) -> None:
-        """Take no new request; one that is in work, or waits for its turn, or is half read is answered."""
-        if self._request is None and not (self._closing or self._awaits_turn or self._reader.in_message):
+        """Take no new request; one in work, or waiting for its turn, or half read, or surely on its way, is
+        answered."""
+        if self._request is not None or self._closing or self._awaits_turn or self._reader.in_message:
+            return
+        if self._house.loop.time() >= self._came_at + _JUST_CAME_S:
             self._close()
 
     def abort(self) -> None:

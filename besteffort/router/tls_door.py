@@ -4,6 +4,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 
 _AT_A_TIME = 64  # connections, and then it is others' turn
 _WITHOUT_FILES_S = 1.0  # before it is tried again to accept where no file is left
@@ -66,9 +67,14 @@ class TlsDoor:
             if self._has_room():
                 handshake = self._loop.create_task(self._shake_hands(client))
                 self._handshakes.add(handshake)
-                handshake.add_done_callback(self._handshakes.discard)
+                handshake.add_done_callback(partial(self._ended, client))
             else:
                 client.close()
+
+    def _ended(self, client: socket.socket, handshake: asyncio.Task[None]) -> None:
+        self._handshakes.discard(handshake)
+        if handshake.cancelled():  # maybe before it began
+            client.close()
 
     async def _shake_hands(self, client: socket.socket) -> None:
         client.setblocking(False)
