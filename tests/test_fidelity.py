@@ -10,7 +10,7 @@ from besteffort.fleet import Fleet
 from besteffort.report import differences, fidelity, fidelity_table, kendall_tau
 from besteffort.report.fidelity import EVERYTHING
 from besteffort.request import Outcomes, Requests
-from besteffort.stages.fidelity import BEGIN, END, Row, Spec, write_table
+from besteffort.stages.fidelity import BEGIN, END, Pace, Row, Spec, write_table
 from tests.conftest import ROOT
 from tests.test_cli import refused
 
@@ -96,12 +96,12 @@ def test_the_table_goes_between_its_marks_and_the_rest_of_the_page_stays(tmp_pat
     page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     fleet_dir = ROOT / "artifacts" / "titan-rtx-opt"
     spec = Spec(fleet_dir, fleet_dir / "rewards.parquet", None, None)
-    write_table(page, [Row("a mean", 7.25, 5.0, "%", "a remark", 0.08)], spec)
+    write_table(page, [Row("a mean", 7.25, 5.0, "%", "a remark", Pace(-0.9, 0.08))], spec)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| a mean | +7.2 % | within 5 % | **no** | a remark | +8 % |" in text
+    assert "| a mean | +7.2 % | within 5 % | **no** | a remark | +8 % | -0.9 %, yes |" in text
 
 
 def test_compare_wants_policies_that_a_router_can_follow_and_does_both_itself(tmp_path: Path) -> None:

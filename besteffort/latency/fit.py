@@ -230,14 +230,25 @@ def _fit_slowdown(samples: list[Sample], alone: Latency, model_names: Sequence[s
 
 
 def _as_in_service(latency: Latency, services: Sequence[Sample], model_names: Sequence[str]) -> Latency:
-    """With steps as long as they are where requests come and go."""
-    of_models = [[s.scale or 1.0 for s in services if s.model == name] for name in model_names]
-    scale = np.array([np.mean(scales) if scales else 1.0 for scales in of_models], dtype=np.float64)
+    """With steps as long as they are where requests come and go, and with what surrounds them there."""
+    of_models = [[s for s in services if s.model == name] for name in model_names]
+    scale = np.array([_mean([s.scale for s in those], 1.0) for those in of_models])
+    overhead_ms = [
+        _mean([s.overhead_ms for s in those], in_cells_ms)
+        for those, in_cells_ms in zip(of_models, latency.overhead_ms.tolist(), strict=True)
+    ]
     return replace(
         latency,
         step_ms=latency.step_ms * scale[:, None],
         context_ms_per_token=latency.context_ms_per_token * scale,
+        overhead_ms=np.array(overhead_ms),
     )
+
+
+def _mean(values: Iterable[float | None], otherwise: float) -> float:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else otherwise
 
 
 def _fit_pressure(model: int, cells: dict[tuple[int, int], list[tuple[float, Floats]]]) -> Floats:
