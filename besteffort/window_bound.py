@@ -109,7 +109,7 @@ def work_rows(requests: Requests, fleet: Fleet, latency: Latency) -> csr_array:
     tokens = requests.num_output_tokens
     life: Floats = deadlines[requests.task] * tokens
     begins_by = arrived_at + life - (tokens - 1) * step_ms[0]
-    at_least = max(0.0, step_ms[0] - latency.prefill_base_ms[-1])
+    at_least = max(0.0, step_ms[0] - latency.prefill_base_ms[-1] - latency.prefill_bend_ms[-1].min())
     prompt = np.maximum(0.0, latency.prefill_ms_per_token[-1] * requests.num_prompt_tokens - at_least)
     batch = np.arange(1, len(step_ms) + 1)
     parts = [csr_array((0, len(requests)))]

@@ -116,6 +116,30 @@ def test_prefill_never_gets_cheaper_with_length() -> None:
     np.testing.assert_allclose(latency.prefill_ms(np.array([10, 100])), 7)
 
 
+def test_a_jump_in_what_prompts_take_is_kept_and_what_may_be_chance_is_not() -> None:
+    """Up to some number of tokens vLLM replays a graph on a GPU, and beyond it does not."""
+    at_ms = {16: 5.0, 112: 6.0, 144: 20.0, 1000: 24.0}
+    jumping = [
+        replace(sample("prefill", m, 1, n, ms=ms), ci_ms=0.01) for m in SIZES for n, ms in at_ms.items()
+    ]
+    latency = fit_latency([*alone()[:4], *jumping], SIZES)
+    wanted = np.array([16, 64, 112, 128, 144, 1000])
+    np.testing.assert_allclose(latency.prefill_ms(wanted)[0], [5, 5.5, 6, 13, 20, 24], atol=0.02)
+    slope = (latency.prefill_ms(np.array([2000])) - latency.prefill_ms(np.array([1000])))[0, 0] / 1000
+    assert slope == pytest.approx(latency.prefill_ms_per_token[0])  # the line goes on
+    for ci_ms in (30.0, None):
+        doubtful = [replace(one, ci_ms=ci_ms) for one in jumping]
+        assert not fit_latency([*alone()[:4], *doubtful], SIZES).prefill_bend_ms.any()
+
+
+def test_the_prediction_of_a_prompt_beyond_a_jump_has_the_jump_in_it() -> None:
+    straight = Latency(np.array([1]), np.array([[2.0]]), np.array([4.0]), np.array([0.1]), np.ones((1, 2)))
+    bent = replace(straight, bend_at_tokens=np.array([10, 20]), prefill_bend_ms=np.array([[0.0, 30.0]]))
+    for prompt, more_ms in ((5, 0.0), (15, 15.0), (50, 30.0)):
+        there, here = (one.predicted_ms_per_token(np.zeros(1), prompt, 10)[0] for one in (bent, straight))
+        assert there - here == pytest.approx(more_ms / 10)
+
+
 def test_the_prediction_adds_the_request_itself_and_the_interference_of_busy_models() -> None:
     slowdown = np.ones((2, 4))
     slowdown[:, 0b11] = 2.0

@@ -82,6 +82,17 @@ def test_the_fit_finds_again_what_the_samples_were_made_of() -> None:
     assert latency.lag_steps == 1
 
 
+def test_prompts_on_a_gpu_are_measured_on_either_side_of_the_last_captured_graph() -> None:
+    of_gpu = load_fleet(ROOT / "artifacts" / "one-gpu-opt")
+    many_seats = of_gpu.model_copy(
+        update={"models": tuple(m.model_copy(update={"max_num_seqs": 400}) for m in of_gpu.models)}
+    )
+    for fleet, edges in ((of_gpu, {112, 144}), (many_seats, {496, 528}), (TINY, set())):
+        lengths = {run.num_prompt_tokens for run in plan_runs(fleet) if run.kind == "prefill"}
+        longest = int(0.7 * fleet.engine.max_model_len)
+        assert lengths - {longest} == {n for n in (16, 64, 256, 1024) if n < longest} | edges
+
+
 def test_the_residuals_of_a_perfect_fit_are_nothing_and_those_of_noise_are_not(fleet: Fleet) -> None:
     exact, _ = with_fit(every_kind(), fleet)
     assert all(s.fitted_ms == pytest.approx(s.mean_ms, rel=1e-6) for s in exact)

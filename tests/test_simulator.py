@@ -116,6 +116,16 @@ def test_prompts_that_wait_are_read_together_as_far_as_there_are_seats() -> None
     assert took[1, 0] < took[2, 0]
 
 
+@pytest.mark.parametrize("num_tokens", [1, 9, 10, 11, 17, 20, 30, 31, 500])
+def test_a_step_takes_as_much_more_as_prompts_of_its_tokens_are_off_the_line(num_tokens: int) -> None:
+    bends = {"bend_at_tokens": np.array([10, 20, 30]), "prefill_bend_ms": np.array([[1.0, 8.0, 5.0]] * 2)}
+    latency = replace(make_latency(), **bends)
+    outcomes = simulate_choices(make_requests((0, num_tokens, 1)), make_fleet(), latency, np.array([0]))
+    expected_ms = latency.prefill_ms(np.array([num_tokens]))[0, 0]
+    assert outcomes.latency_ms_per_token[0] == pytest.approx(expected_ms)
+    assert expected_ms == 4 + 0.5 * num_tokens + np.interp(num_tokens, [10, 20, 30], [1.0, 8.0, 5.0])
+
+
 def test_no_step_reads_more_prompt_tokens_than_the_engine_batches() -> None:
     took = served((0, 10, 2), (1, 1500, 1), (2, 1500, 1), models=(0, 0, 0))
     assert took[1, 0] < took[2, 0]

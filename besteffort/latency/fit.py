@@ -34,6 +34,7 @@ def fit_latency(samples: Iterable[Sample], model_names: Sequence[str]) -> Latenc
         context_ms_per_token=context_ms,
     )
     latency = _without_overhead(latency, prefill, by_kind.get("stall", []), model_names)
+    latency = _with_bends(latency, prefill, by_kind.get("stall", []), model_names)
     latency = replace(latency, lag_steps=_fit_lag(latency, by_kind.get("joining", []), model_names))
     services = [s for s in by_kind.get("service", []) if s.scale is not None]
     beside = [s for s in services if s.busy_models] or by_kind.get("interference", [])
@@ -181,6 +182,34 @@ def _without_overhead(
     return replace(
         latency, prefill_base_ms=base_ms, prefill_ms_per_token=ms_per_token, overhead_ms=overhead_ms
     )
+
+
+def _with_bends(
+    latency: Latency, prefill: list[Sample], stalls: list[Sample], model_names: Sequence[str]
+) -> Latency:
+    """With what is surely off the line of prefills by length, at the lengths that were measured.
+
+    Both kinds of cells show it, and count alike. What may be chance counts as nothing.
+    """
+    lengths = sorted({s.num_prompt_tokens for s in prefill})
+    bends_ms = np.zeros((len(model_names), len(lengths)))
+    for model, name in enumerate(model_names):
+        cells = [s for s in (*prefill, *stalls) if s.model == name]
+        for nth, length in enumerate(lengths):
+            off_ms = [_surely_off_ms(s, latency, model_names) for s in cells if s.num_prompt_tokens == length]
+            bends_ms[model, nth] = np.mean(off_ms) if off_ms else 0.0
+    if not bends_ms.any():
+        return latency
+    return replace(latency, bend_at_tokens=np.array(lengths), prefill_bend_ms=bends_ms)
+
+
+def _surely_off_ms(sample: Sample, latency: Latency, model_names: Sequence[str]) -> float:
+    """How far from the fit at least, going by the confidence interval."""
+    made_ms = fitted_ms(sample, latency, model_names)
+    if made_ms is None or sample.ci_ms is None:
+        return 0.0
+    off_ms = sample.mean_ms - made_ms
+    return float(np.sign(off_ms) * max(0.0, abs(off_ms) - sample.ci_ms))
 
 
 def _fit_lag(latency: Latency, samples: list[Sample], model_names: Sequence[str]) -> int | None:

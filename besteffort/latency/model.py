@@ -30,6 +30,10 @@ class Latency:
     overhead_ms: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     # (M, M) what each doubling of the batch of the second model adds to the slow-down of the first
     pressure: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    # (P,) rising, and (M, P): by how much prompts of these lengths are off that line. An engine reads up to
+    # some number of tokens by other kernels than more of them, and a first token's time jumps there.
+    bend_at_tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    prefill_bend_ms: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     # Steps for which a prompt waits after the one that runs when it comes; None: it interrupts that one.
     lag_steps: int | None = None
 
@@ -40,6 +44,7 @@ class Latency:
             ("context_ms_per_token", (num_models,)),
             ("overhead_ms", (num_models,)),
             ("pressure", (num_models, num_models)),
+            ("prefill_bend_ms", (num_models, len(self.bend_at_tokens))),
         ):
             if not getattr(self, name).size:
                 object.__setattr__(self, name, np.zeros(shape))
@@ -58,9 +63,13 @@ class Latency:
         return np.stack([interpolate(wanted, self.batch_sizes, row) for row in self.step_ms])
 
     def prefill_ms(self, num_prompt_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Prefill time alone on the device, shape `(M, N)` for lengths `(N,)`."""
+        """Prefill time alone on the device, shape `(M, N)` for lengths `(N,)`.
+
+        On a line, and off it by what was measured: linear between those lengths, level beyond them.
+        """
         per_token = np.outer(self.prefill_ms_per_token, num_prompt_tokens)
-        return np.asarray(self.prefill_base_ms[:, None] + per_token)
+        bends = [np.interp(num_prompt_tokens, self.bend_at_tokens, row) for row in self.prefill_bend_ms]
+        return np.asarray(self.prefill_base_ms[:, None] + per_token + bends)
 
     def slowed(self, factors: NDArray[np.float64]) -> "Latency":
         """Everything takes so many times as long, `(M,)`, as on a machine of another pace."""
@@ -105,6 +114,11 @@ class Latency:
             self.context_ms_per_token.tolist(),
         )
 
+    def _bend_ms(self, model: int, num_prompt_tokens: int) -> float:
+        if len(self.bend_at_tokens) == 1:
+            return float(self.prefill_bend_ms[model, 0])
+        return float(np.interp(num_prompt_tokens, self.bend_at_tokens, self.prefill_bend_ms[model]))
+
     def predicted_ms_per_token(
         self,
         batch_sizes: NDArray[np.floating],  # (M,) requests in flight per replica
@@ -125,6 +139,7 @@ class Latency:
             step_ms += context_ms[model] * (size + 1) * context_tokens
             decode_ms = step_ms * (num_output_tokens - 1)
             prefill_ms = base_ms[model] + ms_per_token[model] * num_prompt_tokens
+            prefill_ms += self._bend_ms(model, num_prompt_tokens)
             slow = slowdown[model][busy | 1 << model]
             predicted.append(slow * (prefill_ms + decode_ms) / num_output_tokens)
         return np.array(predicted)

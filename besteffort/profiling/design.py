@@ -16,6 +16,10 @@ BATCH_SIZE = 4  # where the batch is not what is varied
 ALONE_BATCHES, BESIDE_BATCHES = (2, 5), (1, 2)
 SHORT_PROMPT = 16  # tokens
 PROMPT_LENGTHS = (16, 64, 256, 1024)
+# On a GPU vLLM replays a captured graph for steps of up to twice its seats, 512 at most, and reads longer
+# prompts without one, which took up to four times as long on an H200: lengths on either side.
+_MOST_GRAPH_TOKENS = 512
+_BESIDE_THE_LAST_GRAPH = (-16, 16)  # tokens
 LONG_PROMPT_SHARE = 0.7  # of max_model_len: the rest is for answers
 _MARGIN_TOKENS = 24  # lengths of prompts vary about those that are planned
 _MANY_MODELS = 5  # from here on each pair is measured at one load only
@@ -66,7 +70,8 @@ def _alone(fleet: Fleet) -> Iterator[Run]:
             if batch_size <= model.max_num_seqs:
                 yield Run("decode", (m,), (batch_size,), SHORT_PROMPT, needed=nth < 3)
     # The longest prompt of a task or so, and what is between.
-    lengths = sorted({n for n in (*PROMPT_LENGTHS, long_prompt) if n <= min(longest, long_prompt)})
+    lengths = sorted({*PROMPT_LENGTHS, *_graph_lengths(fleet), long_prompt})
+    lengths = [n for n in lengths if n <= min(longest, long_prompt)]
     for n in lengths:
         for m in range(len(fleet.models)):
             yield Run("prefill", (m,), (1,), n, needed=n in (lengths[0], lengths[-1]))
@@ -78,6 +83,14 @@ def _alone(fleet: Fleet) -> Iterator[Run]:
         for m, model in enumerate(fleet.models):
             if batch_size <= model.max_num_seqs:
                 yield Run("decode", (m,), (batch_size,), long_prompt, needed=batch_size > 1)
+
+
+def _graph_lengths(fleet: Fleet) -> Iterator[int]:
+    """Of prompts, just below and above the largest step for which vLLM has a graph."""
+    if fleet.num_gpus:
+        for model in fleet.models:
+            last = min(2 * model.max_num_seqs, _MOST_GRAPH_TOKENS)
+            yield from (last + beside for beside in _BESIDE_THE_LAST_GRAPH)
 
 
 def _services(fleet: Fleet) -> Iterator[Run]:

@@ -25,6 +25,7 @@ def plot_profile(samples: Sequence[Sample], latency: Latency, fleet: Fleet, path
             panels[m, 0].annotate(
                 f"{deadline:g} ms/token", (1, deadline), color="#C8382E", fontsize=8, va="bottom"
             )
+        panels[m, 0].set_ylim(0, None)  # with the deadlines in sight, however far
         panels[m, 0].set_title(model.name, loc="left", fontsize=10)
         panels[m, 0].legend(fontsize=7)
         panels[m, 1].legend(fontsize=7)
@@ -44,7 +45,7 @@ def _plot_steps(axes: Axes, own: list[Sample], latency: Latency, model: int, las
     busy = [sample for sample in own if sample.kind == "interference"]
     if busy:
         _points(axes, busy, 3, "beside busy models", by="batch_size")
-    axes.set(xlabel="batch size", ylabel="step (ms)", ylim=(0, None))
+    axes.set(xlabel="batch size", ylabel="step (ms)")
 
 
 def _plot_prompts(axes: Axes, own: list[Sample], latency: Latency, model: int) -> None:

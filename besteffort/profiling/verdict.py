@@ -53,8 +53,7 @@ def crossings(fleet: Fleet, latency: Latency) -> list[Crossing]:
             prompt, output = sum(prompts) / 2, sum(outputs) / 2
             sizes = np.arange(1, model.max_num_seqs + 1)
             context_ms = latency.context_ms_per_token[m] * sizes * (prompt + output / 2)
-            first_ms = latency.overhead_ms[m] + latency.prefill_base_ms[m]
-            first_ms += latency.prefill_ms_per_token[m] * prompt
+            first_ms = latency.overhead_ms[m] + latency.prefill_ms(np.array([prompt]))[m, 0]
             taken = (first_ms + (steps_ms[m, sizes] + context_ms) * (output - 1)) / output
             tasks = [
                 t.name

@@ -202,10 +202,27 @@ def _begin_prefill(state: State, replica: int) -> float:
     state.replicas[replica]["first_waiting"] = request
     per_token_ms = state.models[model]["prefill_ms_per_token"]
     alone_ms = state.models[model]["prefill_base_ms"] + per_token_ms * num_tokens
+    alone_ms += _bend_ms(state, model, num_tokens)
     single_ms = state.step_ms[model, 1]
     batch_ms = state.step_ms[model, num_decoding + num_prompts]
     context_ms = state.models[model]["context_ms_per_token"] * state.replicas[replica]["context_tokens"]
     return float(max(alone_ms, single_ms) + (batch_ms - single_ms) + context_ms)
+
+
+@compiled
+def _bend_ms(state: State, model: int, num_tokens: int) -> float:
+    """As `np.interp`: level before the first length and after the last."""
+    at_tokens, bends_ms = state.bend_at_tokens, state.prefill_bend_ms[model]
+    last = len(at_tokens) - 1
+    if num_tokens >= at_tokens[last]:
+        return float(bends_ms[last])
+    nth = 0
+    while at_tokens[nth] <= num_tokens:
+        nth += 1
+    if nth == 0:
+        return float(bends_ms[0])
+    share = (num_tokens - at_tokens[nth - 1]) / (at_tokens[nth] - at_tokens[nth - 1])
+    return float(bends_ms[nth - 1] + share * (bends_ms[nth] - bends_ms[nth - 1]))
 
 
 @compiled

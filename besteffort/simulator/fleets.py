@@ -69,6 +69,8 @@ def idle_state(fleet: Fleet, latency: Latency, workloads: Sequence[Requests]) ->
         events=copies(tournament(np.arange(fleet.num_devices), key=np.inf)),
         step_ms=np.ascontiguousarray(latency.step_table_ms(int(max_num_seqs.max()))),
         slowdown=np.array(latency.slowdown, dtype=np.float64, order="C"),
+        bend_at_tokens=latency.bend_at_tokens.astype(np.float64),
+        prefill_bend_ms=np.array(latency.prefill_bend_ms, dtype=np.float64, order="C"),
         pressure=np.ascontiguousarray(latency.pressure_table(_most_seats(fleet))),
     )
 

@@ -120,6 +120,8 @@ class State(NamedTuple):
     events: Records  # (2 * D,) a tournament of the devices by the time of their next event
     step_ms: NDArray[np.float64]  # (M, largest batch + 1)
     slowdown: NDArray[np.float64]  # (M, 2**M) by the busy set
+    bend_at_tokens: NDArray[np.float64]  # (P,) prompts read in a step
+    prefill_bend_ms: NDArray[np.float64]  # (M, P) by how much it is longer then than on a line
     pressure: NDArray[np.float64]  # (M, M, B) added to it by how many are in flight at another model
 
 
@@ -150,5 +152,7 @@ def fleet_of(states: State, fleet: int) -> State:
         states.events[fleet],
         states.step_ms,
         states.slowdown,
+        states.bend_at_tokens,
+        states.prefill_bend_ms,
         states.pressure,
     )

@@ -123,7 +123,7 @@ def _words(array: NDArray[np.generic]) -> NDArray[np.int64]:
 def in_one_memory(states: State) -> tuple[State, NDArray[np.int64]]:
     """The first fleet; what changes and is small lies in one array, so that a copy of it is a snapshot."""
     apart = ("requests", "completed")
-    shared = ("step_ms", "slowdown", "pressure")
+    shared = ("step_ms", "slowdown", "bend_at_tokens", "prefill_bend_ms", "pressure")
     parts = {name: getattr(states, name)[0] for name in State._fields if name not in apart + shared}
     words = np.concatenate([_words(part) for part in parts.values()])
     views, first = {}, 0
