@@ -9,7 +9,9 @@ from besteffort.profiling import pace
 from tests.fake_engine import FakeEngine, serving
 
 
-def test_each_engine_s_step_is_timed_at_its_own_address(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_engine_s_step_is_timed_at_its_own_address(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pace, "_WATCHED_S", 0.1)
     slow, fast = FakeEngine("slow", 0.02, counts=True), FakeEngine("fast", 0.004, counts=True)
     with serving(slow.app) as one, serving(fast.app) as other:

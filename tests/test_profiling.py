@@ -189,7 +189,7 @@ def test_services_tell_how_long_steps_and_slow_downs_really_are(fleet: Fleet) ->
 
 
 def test_services_tell_what_surrounds_the_steps_from_the_steps(fleet: Fleet) -> None:
-    """A request's answer is longer in the profile or shorter than where it matters: one must not pass as the other."""
+    """Answers are longer elsewhere than in the profile: one must not pass as the other."""
     alone = [s for s in every_kind() if s.kind != "interference"]
     bare = fit_latency(alone, NAMES)
     real = replace(bare, step_ms=bare.step_ms * 0.9, overhead_ms=bare.overhead_ms + np.array([5.0, -1.0]))
