@@ -65,7 +65,7 @@ def _improve(samples: list[Sample], groups: Sequence[Sequence[int]], fleet: Flee
             samples[nth] = replace(
                 one,
                 scale=float(np.clip(scale, *bounds)),
-                overhead_ms=_overhead_ms(one, measured, made, latency, fleet),
+                overhead_ms=_overhead_ms(one, measured, made, latency, bare, fleet),
                 fitted_ms=made.latency_ms_per_token,
             )
 
@@ -77,12 +77,15 @@ def _longer(one: Sample, measured: _Means, made: _Means) -> float:
     return measured.decode_ms_per_token / made.decode_ms_per_token
 
 
-def _overhead_ms(one: Sample, measured: _Means, made: _Means, latency: Latency, fleet: Fleet) -> float | None:
-    """With which the first tokens of a model that is alone come when they did."""
+def _overhead_ms(
+    one: Sample, measured: _Means, made: _Means, latency: Latency, bare: Latency, fleet: Fleet
+) -> float | None:
+    """With which first tokens of a model that is alone come when they did; below zero: off its prefills."""
     if one.busy_models or measured.ttft_ms is None or made.ttft_ms is None:
         return None
-    before_ms = float(latency.overhead_ms[fleet.model_names.index(one.model)])
-    return max(0.0, before_ms + _EAGERNESS * (measured.ttft_ms - made.ttft_ms))
+    model = fleet.model_names.index(one.model)
+    before_ms = latency.overhead_ms[model] + latency.prefill_base_ms[model] - bare.prefill_base_ms[model]
+    return float(before_ms + _EAGERNESS * (measured.ttft_ms - made.ttft_ms))
 
 
 def _scale_of(service: Sample, latency: Latency, bare: Latency, fleet: Fleet) -> float:
