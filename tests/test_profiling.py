@@ -315,6 +315,25 @@ def test_each_service_is_measured_a_second_time_when_all_is_measured(
     assert gaps_s.max() > 20.0  # for the simulator they are two services
 
 
+def test_no_service_gets_more_requests_than_the_fleet_at_its_highest_rate(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SERVICE_S", (1.0, 1.0, 1.0))
+    calm = fleet.model_copy(update={"rate_scale": 10.0 / 48.0})
+    cell = Cell(Run("service", (0,), (5,), 8, needed=True))
+
+    async def measure(url: str) -> None:
+        async with open_session(20) as session:
+            targets = [Target(session, url, name, np.random.default_rng(0)) for name in NAMES]
+            bench = measuring.Bench(targets, calm)
+            await bench.warm_up()
+            await bench.measure(cell)
+
+    with serving(FakeEngine("played", 0.002, counts=True).app) as url:
+        asyncio.run(measure(url))
+    assert 1 <= len(cell.served[0]) <= 20  # 10 a second on average; the engine could take ten times as many
+
+
 def test_prompts_join_a_batch_of_a_fast_engine_too() -> None:
     async def measure(url: str) -> int:
         async with open_session(20) as session:
