@@ -158,7 +158,7 @@ class Bench:
             self._step_ms[model, batch_size] = float(np.median(values))
 
     async def _serve(self, cell: Cell, hurry: bool) -> None:
-        """Each model gets as many requests as the slowest can take with its batch, and no more than the fleet.
+        """Each model gets as many requests as the slowest can take with its batch, none more than the fleet.
 
         At higher rates a small model's service would be one of front ends that nobody asks for so much.
         """
