@@ -41,6 +41,17 @@ def test_a_child_has_our_environment_and_its_own_but_not_the_router_s_keys(
     assert "'ITS': 'its own'" in told
 
 
+def test_a_child_is_in_our_session_and_not_in_our_group(tmp_path: Path) -> None:
+    """A Ctrl-C is for us alone; but sessions get equal shares of the cores, however much each has to do."""
+    script = "import os; print(os.getsid(0), os.getpgid(0), flush=True)"
+    child = Child("x", [sys.executable, "-c", script], tmp_path / "log", {})
+    wait_for(lambda: child.exit_status is not None)
+    session, group = map(int, (tmp_path / "log").read_text().split())
+    assert session == os.getsid(0)
+    assert group == child.pid != os.getpgid(0)
+    child.stop()
+
+
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("besteffort.engines.child.STOP_TIMEOUT_S", 0.3)
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)"

@@ -1,5 +1,6 @@
 """How the simulator is held against real engines, on outcomes that are made up."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from besteffort.fleet import Fleet
 from besteffort.report import differences, fidelity, fidelity_table, kendall_tau
 from besteffort.report.fidelity import EVERYTHING
 from besteffort.request import Outcomes, Requests
-from besteffort.stages.fidelity import BEGIN, END, Row, Spec, write_table
+from besteffort.stages import fidelity as stage
+from besteffort.stages.fidelity import BEGIN, END, Pace, Row, Spec, write_table
+from besteffort.trace import SourceArrivals
 from tests.conftest import ROOT
 from tests.test_cli import refused
 
@@ -91,17 +94,57 @@ def test_a_mark_is_reached_or_not(row: Row, reached: bool) -> None:
     assert row.reached is reached
 
 
+def test_at_another_pace_a_row_may_reach_its_mark_or_not() -> None:
+    assert Row("mean", 7.2, 5.0, "%", pace=Pace(-0.9, 0.08)).shown_at_pace == "-0.9 %, yes"
+    assert Row("share", 1.0, 2.0, "points", pace=Pace(-2.1, 0.08)).shown_at_pace == "-2.1 points, **no**"
+    assert Row("order", 0.8, 0.9, "tau", pace=Pace(0.95, 0.08)).shown_at_pace == "0.95, yes"
+    assert Row("time", 5.0, 6.0, "min").shown_at_pace == ""
+
+
+def test_what_is_done_is_held_against_the_pace_around_the_profile(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter([[2.0, 10.0], [4.0, 10.0], [3.0, 12.0], [3.0, 10.0]])
+    monkeypatch.setattr(stage, "steps_ms", lambda *_: np.array(next(seen)))
+    watch = stage._Watch(fleet, ())
+    assert watch.replaying(lambda: "unknown") == ("unknown", None)
+    assert watch.profiling(lambda: "profile") == "profile"
+    done, slowed = watch.replaying(lambda: "replay")
+    assert done == "replay"
+    np.testing.assert_allclose(slowed, [1.0, 1.1])  # type: ignore[arg-type]
+
+
+def test_bursts_follow_upon_calm_and_are_another_trace_for_another_fleet_only_in_time(fleet: Fleet) -> None:
+    usual = stage._calm_and_bursts(fleet, 300)
+    slower = stage._calm_and_bursts(fleet.model_copy(update={"rate_scale": fleet.rate_scale / 2}), 300)
+    np.testing.assert_allclose(slower.arrived_at, 2 * usual.arrived_at)
+    np.testing.assert_array_equal(slower.num_output_tokens, usual.num_output_tokens)
+    gaps_s = np.diff(usual.arrived_at) * fleet.rate_scale
+    long_ago = np.convolve(gaps_s, np.ones(8) / 8, mode="valid")  # the mean of 8 gaps
+    assert long_ago.max() > 2 / 3 / stage.PHASES[0][0]
+    assert long_ago.min() < 1.5 / stage.PHASES[1][0]
+
+
+def test_a_production_trace_begins_after_its_silence_with_prompts_that_fit() -> None:
+    num = stage.AZURE_BEGIN + 3
+    arrivals = SourceArrivals(np.arange(num) + 5.0, np.full(num, 1600), np.arange(num))
+    scaled = stage._scaled(replace(arrivals, num_prompt_tokens=np.array([1600] * (num - 1) + [3])))
+    assert scaled.arrived_at[0] == stage.AZURE_BEGIN + 5.0
+    assert scaled.num_prompt_tokens.tolist() == [100, 100, 1]
+    assert scaled.num_output_tokens.tolist() == [num - 3, num - 2, num - 1]
+
+
 def test_the_table_goes_between_its_marks_and_the_rest_of_the_page_stays(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     fleet_dir = ROOT / "artifacts" / "titan-rtx-opt"
     spec = Spec(fleet_dir, fleet_dir / "rewards.parquet", None, None)
-    write_table(page, [Row("a mean", 7.25, 5.0, "%", "a remark", 0.08)], spec)
+    write_table(page, [Row("a mean", 7.25, 5.0, "%", "a remark", Pace(-0.9, 0.08))], spec)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| a mean | +7.2 % | within 5 % | **no** | a remark | +8 % |" in text
+    assert "| a mean | +7.2 % | within 5 % | **no** | a remark | +8 % | -0.9 %, yes |" in text
 
 
 def test_compare_wants_policies_that_a_router_can_follow_and_does_both_itself(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from besteffort.fleet import Fleet
 from besteffort.latency import Latency, Sample, fit_latency
+from besteffort.request import Requests
+from besteffort.simulator import simulate_choices
 
 SIZES = ("small", "large")
 
@@ -55,6 +58,24 @@ def test_a_larger_batch_that_seems_faster_is_level_with_the_smaller_unless_it_su
 def test_a_model_measured_at_fewer_batch_sizes_rises_on_rather_than_staying_flat() -> None:
     latency = fit_latency([*alone(), sample("decode", "small", 17, ms=6.0)], SIZES)
     np.testing.assert_allclose(latency.step_ms[1], [10, 20, 30])
+
+
+def test_another_pace_makes_everything_take_longer_and_no_model_disturb_another_more(fleet: Fleet) -> None:
+    latency = replace(
+        fit_latency(alone(), SIZES),
+        context_ms_per_token=np.array([0.01, 0.02]),
+        overhead_ms=np.array([3.0, 4.0]),
+        slowdown=np.array([[1.0, 1.0, 1.5, 1.5], [1.0, 1.2, 1.0, 1.2]]),
+        bend_at_tokens=np.array([10, 30]),
+        prefill_bend_ms=np.array([[0.0, 8.0], [2.0, 5.0]]),
+    )
+    requests = Requests(np.array([0.0, 0.001, 0.9]), np.zeros(3, int), np.full(3, 20), np.full(3, 30))
+    choices = np.array([0, 1, 1])
+    usual = simulate_choices(requests, fleet, latency, choices)
+    slow = replace(requests, arrived_at=2.0 * requests.arrived_at)
+    slowed = simulate_choices(slow, fleet, latency.slowed(np.array([2.0, 2.0])), choices)
+    np.testing.assert_allclose(slowed.latency_ms_per_token, 2.0 * usual.latency_ms_per_token)
+    np.testing.assert_allclose(slowed.ttft_ms, 2.0 * usual.ttft_ms)
 
 
 def test_repeated_measurements_of_one_cell_are_averaged() -> None:

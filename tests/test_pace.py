@@ -1,32 +1,22 @@
-"""How fast the machine computes, by a process of its own."""
+"""How fast engines are, seen while they are idle."""
 
-import os
-import subprocess
-import sys
-import time
+import numpy as np
+import pytest
 
-from besteffort.profiling.pace import machine_pace
-from tests.fake_engine import wait_for
-
-
-def test_it_is_known_for_the_time_that_was_watched_and_for_no_other() -> None:
-    began_at = time.monotonic()
-    with machine_pace() as pace:
-        wait_for(lambda: pace.mean_ms(began_at, time.monotonic()) is not None, timeout_s=20)
-        first_ms = pace.mean_ms(began_at, time.monotonic())
-        assert first_ms is not None
-        assert first_ms > 0
-        assert pace.mean_ms(began_at - 10.0, began_at) is None
-        seen_until = time.monotonic()  # reading must not move where the process writes
-        wait_for(lambda: pace.mean_ms(seen_until, time.monotonic()) is not None, timeout_s=20)
-        assert pace.mean_ms(began_at, seen_until) is not None
+from besteffort.engines.running import Engine
+from besteffort.fleet import Fleet
+from besteffort.profiling import pace
+from tests.fake_engine import FakeEngine, serving
 
 
-def test_its_process_ends_with_whoever_reads_it() -> None:
-    reader, writer = os.pipe()
-    with subprocess.Popen(
-        [sys.executable, "-m", "besteffort.profiling.pace"], stdin=reader, stdout=subprocess.DEVNULL
-    ) as child:
-        os.close(reader)
-        os.close(writer)  # as `kill -9` of the reader would
-        assert child.wait(20) == 0
+def test_each_engine_s_step_is_timed_at_its_own_address(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "_WATCHED_S", 0.1)
+    slow, fast = FakeEngine("slow", 0.02, counts=True), FakeEngine("fast", 0.004, counts=True)
+    with serving(slow.app) as one, serving(fast.app) as other:
+        found = pace.steps_ms(fleet, ((Engine(one, "slow"),), (Engine(other, "fast"),)))
+    assert found.shape == (2,)
+    assert np.all(found >= [20.0, 4.0])  # it sleeps that long for each token
+    assert found[0] > 2 * found[1]
+    assert {body["model"] for body in slow.bodies} == {"slow"}

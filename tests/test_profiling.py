@@ -119,7 +119,7 @@ def test_the_residuals_of_a_perfect_fit_are_nothing_and_those_of_noise_are_not(f
 
 def test_a_profile_comes_back_from_its_file_as_it_was(tmp_path: Path, fleet: Fleet) -> None:
     path = tmp_path / "profile.parquet"
-    services = [replace(s, scale=1.1) for s in services_of(fleet, TRUTH)]
+    services = [replace(s, scale=1.1, overhead_ms=2.0) for s in services_of(fleet, TRUTH, timed=True)]
     every = [*(replace(s, ci_ms=0.1, outliers_ms=(9.0,)) for s in every_kind()), *services]
     samples, latency = with_fit(every, fleet)
     save_samples(path, samples, {"stage": "profile"})
@@ -129,7 +129,7 @@ def test_a_profile_comes_back_from_its_file_as_it_was(tmp_path: Path, fleet: Fle
     np.testing.assert_array_equal(load_latency(path, fleet).pressure, latency.pressure)
 
 
-def test_a_file_of_version_1_is_read_and_one_of_version_4_is_refused_in_one_line(
+def test_a_file_of_version_1_is_read_and_one_of_version_5_is_refused_in_one_line(
     tmp_path: Path, fleet: Fleet
 ) -> None:
     import pyarrow as pa
@@ -146,13 +146,16 @@ def test_a_file_of_version_1_is_read_and_one_of_version_4_is_refused_in_one_line
     latency = load_latency(path, fleet)
     assert latency.lag_steps is None
     assert not latency.overhead_ms.any()
-    files.write_table(path, table, kind="profile", version=4, facts={})
-    with pytest.raises(ProfileError, match=r"schema version 4 is unknown .* reads version 1.* and 3"):
+    files.write_table(path, table, kind="profile", version=5, facts={})
+    with pytest.raises(ProfileError, match=r"schema version 5 is unknown .* reads version 1.* and 4"):
         load_samples(path)
 
 
-def services_of(fleet: Fleet, latency: Latency) -> list[Sample]:
-    """Each model alone and both together, at two loads, as these latencies would have it."""
+def services_of(fleet: Fleet, latency: Latency, *, timed: bool = False) -> list[Sample]:
+    """Each model alone and both together, at two loads, as these latencies would have it.
+
+    If `timed`, with the times to first tokens.
+    """
     rng = np.random.default_rng(3)
     made = []
     for group, rate_per_s in itertools.product([(0,), (1,), (0, 1)], (1.5, 3.0)):
@@ -168,10 +171,10 @@ def services_of(fleet: Fleet, latency: Latency) -> list[Sample]:
         for model in group:
             others = tuple(NAMES[m] for m in group if m != model)
             served = [
-                Served(float(at), int(prompt), int(output), float(taken))
-                for at, prompt, output, taken in zip(
+                Served(float(at), int(prompt), int(output), float(taken), float(first) if timed else None)
+                for at, prompt, output, taken, first in zip(
                     requests.arrived_at, requests.num_prompt_tokens, requests.num_output_tokens,
-                    outcomes.latency_ms_per_token, strict=True,
+                    outcomes.latency_ms_per_token, outcomes.ttft_ms, strict=True,
                 )
             ]  # fmt: skip
             own = tuple(one for one, choice in zip(served, choices, strict=True) if choice == model)
@@ -199,6 +202,18 @@ def test_services_tell_how_long_steps_and_slow_downs_really_are(fleet: Fleet) ->
     services = [s for s in scaled if s.kind == "service"]
     assert all(s.fitted_ms == pytest.approx(s.mean_ms, rel=0.02) for s in services)
     assert [replace(s, scale=None, fitted_ms=None) for s in services] == services_of(fleet, real)
+
+
+def test_services_tell_what_surrounds_the_steps_from_the_steps(fleet: Fleet) -> None:
+    """Answers are longer elsewhere than in the profile: one must not pass as the other."""
+    alone = [s for s in every_kind() if s.kind != "interference"]
+    bare = fit_latency(alone, NAMES)
+    real = replace(bare, step_ms=bare.step_ms * 0.9, overhead_ms=bare.overhead_ms + np.array([5.0, -1.0]))
+    scaled = with_scales([*alone, *services_of(fleet, real, timed=True)], fleet)
+    found = fit_latency(scaled, NAMES)
+    np.testing.assert_allclose(found.step_ms, real.step_ms, rtol=0.02)
+    np.testing.assert_allclose(found.overhead_ms, real.overhead_ms, atol=0.2)
+    assert all(s.overhead_ms is None for s in scaled if s.busy_models)
 
 
 def test_one_load_that_contradicts_another_moves_both_by_half(fleet: Fleet) -> None:
@@ -314,6 +329,25 @@ def test_each_service_is_measured_a_second_time_when_all_is_measured(
     assert noted == [1, 2, 2]
     gaps_s = np.diff([one.at_s for one in cells[0].served[0]])
     assert gaps_s.max() > 20.0  # for the simulator they are two services
+
+
+def test_no_service_gets_more_requests_than_the_fleet_at_its_highest_rate(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_SERVICE_S", (1.0, 1.0, 1.0))
+    calm = fleet.model_copy(update={"rate_scale": 10.0 / 48.0})
+    cell = Cell(Run("service", (0,), (5,), 8, needed=True))
+
+    async def measure(url: str) -> None:
+        async with open_session(20) as session:
+            targets = [Target(session, url, name, np.random.default_rng(0)) for name in NAMES]
+            bench = measuring.Bench(targets, calm)
+            await bench.warm_up()
+            await bench.measure(cell)
+
+    with serving(FakeEngine("played", 0.002, counts=True).app) as url:
+        asyncio.run(measure(url))
+    assert 1 <= len(cell.served[0]) <= 20  # 10 a second on average; the engine could take ten times as many
 
 
 def test_prompts_join_a_batch_of_a_fast_engine_too() -> None:

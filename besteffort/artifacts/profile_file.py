@@ -12,14 +12,15 @@ from besteffort.errors import ProfileError
 from besteffort.fleet import Fleet
 from besteffort.latency import Latency, Sample, Served, fit_latency, fitted_ms
 
-VERSION = 3
-_OLDER = (1, 2)  # without what came with later versions, which is optional
+VERSION = 4
+_OLDER = (1, 2, 3)  # without what came with later versions, which is optional
 SERVED = pa.struct(
     [
         pa.field("at_s", pa.float64(), nullable=False),
         pa.field("num_prompt_tokens", pa.int64(), nullable=False),
         pa.field("num_output_tokens", pa.int64(), nullable=False),
         pa.field("latency_ms_per_token", pa.float64(), nullable=False),
+        pa.field("ttft_ms", pa.float64()),
     ]
 )
 SCHEMA = pa.schema(
@@ -42,6 +43,7 @@ SCHEMA = pa.schema(
         pa.field("fitted_ms", pa.float64()),  # what the simulator makes of the cell
         pa.field("served", pa.list_(SERVED)),  # the requests of a service
         pa.field("scale", pa.float64()),  # that the simulator needs to come to a service's mean
+        pa.field("overhead_ms", pa.float64()),  # and to its time to the first token
     ]
 )
 KINDS = ("decode", "prefill", "stall", "joining", "interference", "service")

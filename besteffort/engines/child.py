@@ -39,14 +39,16 @@ class Child:
         tether = [sys.executable, "-m", "besteffort.engines.tether", str(os.getpid()), str(STOP_TIMEOUT_S)]
         inherited = {name: value for name, value in os.environ.items() if name not in _NOT_TOLD}
         with self.log.open("ab") as output:
-            # A session of its own: a Ctrl-C in the terminal reaches us alone, and we end it in order.
+            # A process group of its own: a Ctrl-C in the terminal reaches us alone, and we end it in order.
+            # Not a session: Linux shares out its cores by session first (autogroups), so that what an engine
+            # core uses of them counts against its front end, which then waits for other engines' steps.
             return subprocess.Popen(
                 [*tether, *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**inherited, **self._env},
-                start_new_session=True,
+                process_group=0,
             )
 
     @property

@@ -98,7 +98,7 @@ async def serve(
         await asyncio.sleep(max(0.0, began_at + after_s - time.perf_counter()))
         done = await target.ask(num_prompt_tokens, num_output_tokens)
         latency_ms = 1000.0 * (done.chunk_at[-1] - done.sent_at) / done.num_tokens
-        return Served(done.sent_at - began_at, num_prompt_tokens, num_output_tokens, latency_ms)
+        return Served(done.sent_at - began_at, num_prompt_tokens, num_output_tokens, latency_ms, done.ttft_ms)
 
     async def come(target: Target) -> list[Served]:
         num = max(1, int(target.rng.poisson(rate_per_s * duration_s)))

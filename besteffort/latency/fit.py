@@ -213,16 +213,21 @@ def _surely_off_ms(sample: Sample, latency: Latency, model_names: Sequence[str])
 
 
 def _fit_lag(latency: Latency, samples: list[Sample], model_names: Sequence[str]) -> int | None:
-    """Whole steps for which a prompt waits beside the one that runs, half of which it sees on average."""
+    """Whole steps for which a prompt waits beside the one that runs, half of which it sees on average.
+
+    By least squares in ms, so that long steps tell most: beside short ones a wait is what surrounds a
+    request as much as steps.
+    """
     if not samples:
         return None
-    waits = []
+    waits_ms, steps_ms = [], []
     for sample in samples:
         model = list(model_names).index(sample.model)
         step_ms = _step_ms(latency, model, sample)
         read_ms = latency.overhead_ms[model] + step_ms + _stall_ms(latency, model, sample)
-        waits.append((sample.mean_ms - read_ms) / step_ms)
-    return max(0, round(float(np.median(waits)) - 0.5))
+        waits_ms.append(sample.mean_ms - read_ms)
+        steps_ms.append(step_ms)
+    return max(0, round(float(np.dot(waits_ms, steps_ms) / np.dot(steps_ms, steps_ms)) - 0.5))
 
 
 def _fit_slowdown(samples: list[Sample], alone: Latency, model_names: Sequence[str]) -> tuple[Floats, Floats]:
@@ -259,14 +264,32 @@ def _fit_slowdown(samples: list[Sample], alone: Latency, model_names: Sequence[s
 
 
 def _as_in_service(latency: Latency, services: Sequence[Sample], model_names: Sequence[str]) -> Latency:
-    """With steps as long as they are where requests come and go."""
-    of_models = [[s.scale or 1.0 for s in services if s.model == name] for name in model_names]
-    scale = np.array([np.mean(scales) if scales else 1.0 for scales in of_models], dtype=np.float64)
+    """With steps as long as they are where requests come and go, and with what surrounds them there.
+
+    Where that is less than nothing, it comes off the step that reads a prompt.
+    """
+    of_models = [[s for s in services if s.model == name] for name in model_names]
+    scale = np.array([_mean([s.scale for s in those], 1.0) for those in of_models])
+    in_cells_ms = latency.overhead_ms.tolist()
+    overhead_ms = np.array(
+        [
+            _mean([s.overhead_ms for s in those], otherwise)
+            for those, otherwise in zip(of_models, in_cells_ms, strict=True)
+        ]
+    )
     return replace(
         latency,
         step_ms=latency.step_ms * scale[:, None],
         context_ms_per_token=latency.context_ms_per_token * scale,
+        prefill_base_ms=np.maximum(0.0, latency.prefill_base_ms + np.minimum(0.0, overhead_ms)),
+        overhead_ms=np.maximum(0.0, overhead_ms),
     )
+
+
+def _mean(values: Iterable[float | None], otherwise: float) -> float:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else otherwise
 
 
 def _fit_pressure(model: int, cells: dict[tuple[int, int], list[tuple[float, Floats]]]) -> Floats:

@@ -1,7 +1,7 @@
 """Latencies as the simulator and the predicting policies use them."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -70,6 +70,18 @@ class Latency:
         per_token = np.outer(self.prefill_ms_per_token, num_prompt_tokens)
         bends = [np.interp(num_prompt_tokens, self.bend_at_tokens, row) for row in self.prefill_bend_ms]
         return np.asarray(self.prefill_base_ms[:, None] + per_token + bends)
+
+    def slowed(self, factors: NDArray[np.float64]) -> "Latency":
+        """Everything takes so many times as long, `(M,)`, as on a machine of another pace."""
+        return replace(
+            self,
+            step_ms=self.step_ms * factors[:, None],
+            prefill_base_ms=self.prefill_base_ms * factors,
+            prefill_ms_per_token=self.prefill_ms_per_token * factors,
+            prefill_bend_ms=self.prefill_bend_ms * factors[:, None],
+            context_ms_per_token=self.context_ms_per_token * factors,
+            overhead_ms=self.overhead_ms * factors,
+        )
 
     def slowdown_of(self, model: int, batch_sizes: dict[int, float]) -> float:
         """Of a model's steps while these others (index: requests in flight) are busy on its device."""

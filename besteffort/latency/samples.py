@@ -21,6 +21,7 @@ class Served:
     num_prompt_tokens: int
     num_output_tokens: int
     latency_ms_per_token: float
+    ttft_ms: float | None = None  # None: a profile of before it was noted
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,9 @@ class Sample:
     # Of a service: how many times as long its steps are as those that were measured while nothing changed,
     # or, beside others, as those of the model alone; with it the simulator comes to the measured mean
     scale: float | None = None
+    # Of a service of one model alone: what a request takes beside the steps, for the simulator to come to the
+    # measured time to the first token
+    overhead_ms: float | None = None
 
 
 def spread_of(measured_ms: Sequence[float], *, keep_all: bool = False) -> dict[str, Any]:

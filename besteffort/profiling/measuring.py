@@ -19,6 +19,7 @@ from besteffort.latency import Sample, Served
 from besteffort.latency.samples import spread_of
 from besteffort.profiling.design import SHORT_PROMPT, Run, mean_lengths
 from besteffort.progress import Bar, Progress
+from besteffort.workload import RATES_2
 
 REQUEST_TIMEOUT_S = 120.0
 _WAVE_S = 0.7  # how long a wave should take
@@ -163,9 +164,13 @@ class Bench:
             self._step_ms[model, batch_size] = float(np.median(values))
 
     async def _serve(self, cell: Cell, hurry: bool) -> None:
-        """Each model gets as many requests as the slowest can take with its batch."""
+        """Each model gets as many requests as the slowest can take with its batch, none more than the fleet.
+
+        At higher rates a small model's service would be one of front ends that nobody asks for so much.
+        """
         run = cell.run
-        rate_per_s = min([await self._rate_per_s(run, model) for model in run.models])
+        rates_per_s = [await self._rate_per_s(run, model) for model in run.models]
+        rate_per_s = min(*rates_per_s, RATES_2[1] * self._fleet.rate_scale)
         duration_s = _HURRIED_SERVICE_S if hurry else _SERVICE_S[min(len(run.models), 3) - 1]
         targets = [self._targets[model] for model in run.models]
         found = await serve(targets, rate_per_s, self._lengths, duration_s)

@@ -1,66 +1,47 @@
-"""How fast this machine computes, from one moment to the next.
+"""How fast the engines of a fleet are at this moment, by a few steps of each of them alone.
 
-Two runs of one trace cannot be nearer to each other than the machine is to itself. A virtual one may be half
-as fast for a while, since others use the same cores, and no counter of its own says so.
+Two runs of one trace cannot be nearer to each other than the machine is to itself. A virtual one may be a
+tenth slower for minutes, since others use the same cores, and no counter of its own says so. Whatever is
+measured while the fleet is loaded tells of its own load as well, so that this is for moments when it is idle.
 """
 
-import select
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from tempfile import TemporaryFile
-from typing import IO
+import asyncio
 
 import numpy as np
+from numpy.typing import NDArray
 
-NUM_ADDITIONS = 20_000  # some 2 ms
-EVERY_S = 0.25
+from besteffort.engines.client import open_session
+from besteffort.engines.measure import Target, wave_paces_ms
+from besteffort.engines.running import Engines
+from besteffort.fleet import Fleet
+from besteffort.profiling.design import BATCH_SIZE, SHORT_PROMPT
 
-
-class MachinePace:
-    """How long the same small computation took, again and again, in seconds of the CPU."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def mean_ms(self, since: float, until: float) -> float | None:
-        """From one `time.monotonic()` to another; None if there was no time for it."""
-        self._file.seek(0)
-        lines = [line.split() for line in self._file.read().splitlines() if line.count(b" ") == 1]
-        taken = [float(took) for at, took in lines if since <= float(at) <= until]
-        return 1000.0 * float(np.mean(taken)) if taken else None
+_NUM_STEPS = 64  # of a wave
+_WATCHED_S = 1.0  # waves of each model, about
+_TIMEOUT_S = 120.0
 
 
-@contextmanager
-def machine_pace() -> Iterator[MachinePace]:
-    """Measured by a process of its own, so that it holds up nobody here."""
-    words = [sys.executable, "-m", __name__]
-    with (
-        TemporaryFile("a+b") as file,  # to append: reading moves the place that both share
-        subprocess.Popen(words, stdout=file, stdin=subprocess.PIPE) as child,
-    ):
-        try:
-            yield MachinePace(file)
-        finally:
-            child.kill()
+def steps_ms(fleet: Fleet, engines: Engines) -> NDArray[np.float64]:
+    """A step of each model with a small batch, `(M,)`, by its first replica; nothing else may be under way.
+
+    Raises:
+        EngineError: an engine does not answer.
+    """
+    return asyncio.run(_steps_ms(fleet, engines))
 
 
-def _compute() -> float:
-    began_s, total = time.thread_time(), 0
-    for number in range(NUM_ADDITIONS):
-        total += number
-    return time.thread_time() - began_s
-
-
-def main() -> None:
-    """A line every now and then, until the input ends: whoever reads the lines is gone."""
-    while not select.select([sys.stdin], [], [], EVERY_S)[0]:
-        took_s = _compute()
-        sys.stdout.write(f"{time.monotonic():.3f} {took_s:.6f}\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
+async def _steps_ms(fleet: Fleet, engines: Engines) -> NDArray[np.float64]:
+    rng = np.random.default_rng()  # prompts that were read before would be in the prefix cache
+    room = fleet.engine.max_model_len - SHORT_PROMPT - 8
+    found = []
+    async with open_session(_TIMEOUT_S) as session:
+        for model, (first, *_) in zip(fleet.models, engines, strict=True):
+            target = Target(session, first.url, first.served_name, rng)
+            paces: list[float] = []
+            batch_size, num_steps = min(BATCH_SIZE, model.max_num_seqs), min(_NUM_STEPS, room)
+            async for pace_ms in wave_paces_ms(target, batch_size, SHORT_PROMPT, num_steps, room):
+                paces.append(pace_ms)
+                if sum(paces) * num_steps >= 1000.0 * _WATCHED_S:
+                    break
+            found.append(float(np.median(paces)))
+    return np.array(found)

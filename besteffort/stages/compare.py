@@ -1,8 +1,9 @@
 """`replay --compare`: one trace through real engines and through the simulator, by the same policies."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from besteffort.stages.replay import Replay, Replayed, replay_once
 VERSION = 1
 
 
-def compare(spec: Replay, policies: Sequence[str], progress: Progress) -> tuple[dict[str, Any], Path]:
+def compare(
+    spec: Replay,
+    policies: Sequence[str],
+    progress: Progress,
+    serve: Callable[[Callable[[], Replayed]], Replayed] = lambda replay: replay(),
+) -> tuple[dict[str, Any], Path]:
     """Serve the trace both ways by each policy; returns what came of it and the folder it is in.
 
     The simulator's replays come first, so that what cannot be used is told before an engine starts. Each
-    replay has a folder of its own as well.
+    replay has a folder of its own as well. `serve` makes each of those by engines, and may look at the
+    engines before and after.
 
     Raises:
         InputError: the fleet, the trace, the profile, the rewards or a policy cannot be used.
@@ -39,7 +46,7 @@ def compare(spec: Replay, policies: Sequence[str], progress: Progress) -> tuple[
             name: [engine.url for engine in of_model]
             for name, of_model in zip(fleet.model_names, engines, strict=True)
         }
-        real = [_replay(spec, policy, urls, progress) for policy in policies]
+        real = [serve(partial(_replay, spec, policy, urls, progress)) for policy in policies]
     pairs = [
         {
             "policy": measured.summary["policy"],

@@ -52,6 +52,7 @@ class Replay:
     name: str | None = None  # of the folder under replays/; by default made of the others
     seed: int = 0
     budget_s: float = 60.0  # for the search of `hindsight`
+    slowed: tuple[float, ...] | None = None  # by model, how many times as long the simulator has it take
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def replay_once(spec: Replay, progress: Progress) -> Replayed:
         outcomes = _in_hindsight(spec, fleet, requests, rewards, progress)
     elif policy is not None and spec.simulated:
         latency = load_latency(spec.profile, fleet)
+        if spec.slowed is not None:  # not so the policy, which knows the profile alone
+            latency = latency.slowed(np.array(spec.slowed))
         outcomes = simulate(requests, fleet, latency, policy.choose)
     else:
         outcomes, interrupt = _send(spec, fleet, requests, progress)
