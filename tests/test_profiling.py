@@ -93,6 +93,14 @@ def test_prompts_on_a_gpu_are_measured_on_either_side_of_the_last_captured_graph
         assert lengths - {longest} == {n for n in (16, 64, 256, 1024) if n < longest} | edges
 
 
+def test_a_wait_of_some_ms_beside_short_steps_is_not_taken_for_steps() -> None:
+    def later(sample: Sample) -> Sample:
+        is_meant = sample.kind == "joining" and sample.model == NAMES[0]
+        return replace(sample, mean_ms=sample.mean_ms + 5.0) if is_meant else sample
+
+    assert fit_latency([later(sample) for sample in every_kind()], NAMES).lag_steps == TRUTH.lag_steps
+
+
 def test_the_residuals_of_a_perfect_fit_are_nothing_and_those_of_noise_are_not(fleet: Fleet) -> None:
     exact, _ = with_fit(every_kind(), fleet)
     assert all(s.fitted_ms == pytest.approx(s.mean_ms, rel=1e-6) for s in exact)
