@@ -76,6 +76,8 @@ def test_another_pace_makes_everything_take_longer_and_no_model_disturb_another_
         context_ms_per_token=np.array([0.01, 0.02]),
         overhead_ms=np.array([3.0, 4.0]),
         slowdown=np.array([[1.0, 1.0, 1.5, 1.5], [1.0, 1.2, 1.0, 1.2]]),
+        bend_at_tokens=np.array([10, 40]),
+        prefill_bend_ms=np.array([[2.0, 6.0], [0.0, 9.0]]),
     )
     requests = Requests(np.array([0.0, 0.001, 0.9]), np.zeros(3, int), np.full(3, 20), np.full(3, 30))
     choices = np.array([0, 1, 1])

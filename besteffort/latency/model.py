@@ -80,6 +80,7 @@ class Latency:
             prefill_ms_per_token=self.prefill_ms_per_token * factors,
             context_ms_per_token=self.context_ms_per_token * factors,
             overhead_ms=self.overhead_ms * factors,
+            prefill_bend_ms=self.prefill_bend_ms * factors[:, None],
         )
 
     def slowdown_of(self, model: int, batch_sizes: dict[int, float]) -> float:
