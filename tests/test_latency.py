@@ -60,14 +60,24 @@ def test_a_model_measured_at_fewer_batch_sizes_rises_on_rather_than_staying_flat
     np.testing.assert_allclose(latency.step_ms[1], [10, 20, 30])
 
 
+@pytest.mark.parametrize(("found_ms", "overhead_ms", "base_ms"), [(3.0, 3.0, 5.0), (-2.0, 0.0, 3.0)])
+def test_what_surrounds_steps_in_service_is_never_below_nothing_and_the_rest_comes_off_prefills(
+    found_ms: float, overhead_ms: float, base_ms: float
+) -> None:
+    service = replace(sample("service", "small", 2), scale=1.0, overhead_ms=found_ms)
+    latency = fit_latency([*alone(), service], SIZES)
+    np.testing.assert_allclose(latency.overhead_ms, [overhead_ms, 0.0])
+    np.testing.assert_allclose(latency.prefill_base_ms, [base_ms, 5.0])
+
+
 def test_another_pace_makes_everything_take_longer_and_no_model_disturb_another_more(fleet: Fleet) -> None:
     latency = replace(
         fit_latency(alone(), SIZES),
         context_ms_per_token=np.array([0.01, 0.02]),
         overhead_ms=np.array([3.0, 4.0]),
         slowdown=np.array([[1.0, 1.0, 1.5, 1.5], [1.0, 1.2, 1.0, 1.2]]),
-        bend_at_tokens=np.array([10, 30]),
-        prefill_bend_ms=np.array([[0.0, 8.0], [2.0, 5.0]]),
+        bend_at_tokens=np.array([10, 40]),
+        prefill_bend_ms=np.array([[2.0, 6.0], [0.0, 9.0]]),
     )
     requests = Requests(np.array([0.0, 0.001, 0.9]), np.zeros(3, int), np.full(3, 20), np.full(3, 30))
     choices = np.array([0, 1, 1])

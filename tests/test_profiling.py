@@ -109,6 +109,14 @@ def test_an_interrupted_run_serves_a_service_anew_that_was_served_once(tmp_path:
         assert notebook.samples == kept
 
 
+def test_a_wait_of_some_ms_beside_short_steps_is_not_taken_for_steps() -> None:
+    def later(sample: Sample) -> Sample:
+        is_meant = sample.kind == "joining" and sample.model == NAMES[0]
+        return replace(sample, mean_ms=sample.mean_ms + 5.0) if is_meant else sample
+
+    assert fit_latency([later(sample) for sample in every_kind()], NAMES).lag_steps == TRUTH.lag_steps
+
+
 def test_the_residuals_of_a_perfect_fit_are_nothing_and_those_of_noise_are_not(fleet: Fleet) -> None:
     exact, _ = with_fit(every_kind(), fleet)
     assert all(s.fitted_ms == pytest.approx(s.mean_ms, rel=1e-6) for s in exact)
