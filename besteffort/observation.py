@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 @dataclass(slots=True)  # not frozen: it would take three times as long to make
 class Observation:
-    """The state at one arrival, before it is routed."""
+    """The state at one arrival, before it is routed.
+
+    The router writes the next one into the same arrays: who keeps one has to copy them.
+    """
 
     task: int
     batch_sizes: NDArray[np.float64]  # (M,) requests in flight per replica of each model, their mean

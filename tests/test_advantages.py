@@ -1,6 +1,7 @@
 """Measured advantages: branches against whole simulations, and a tiny training from end to end."""
 
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,7 +164,7 @@ class Recorded:
         self.seen: list[Observation] = []
 
     def choose(self, observation: Observation) -> int:
-        self.seen.append(observation)
+        self.seen.append(deepcopy(observation))  # the dispatcher writes the next one into the same arrays
         return (len(self.seen) * 7 // 3) % 2
 
 
