@@ -42,7 +42,7 @@ profile-gpu: $(SETUP) ## Measure the paper's three models together on the NVIDIA
 	@$(BIN)/besteffort profile artifacts/one-gpu-opt --on-this-gpu --budget 15m --suggest-deadline
 
 test: $(SETUP) ## Run all tests, those on real vLLM servers included.
-	@echo "Testing besteffort: the library first, then the stages on real vLLM servers (17 minutes on two cores)"
+	@echo "Testing besteffort: the library first, then the stages on real vLLM servers (19 minutes on two cores)"
 	@$(BIN)/pytest
 	@echo "All passed. Type 'make demo' to see the pipeline run, or see README.md."
 

@@ -318,7 +318,7 @@ class _Trials:
         """How long a request of middle lengths is with a model that runs so many."""
         step_ms = self.latency.step_table_ms(8)[model, round(batch_size)]
         prompt, output = sum(PROMPT_TOKENS) / 2, sum(OUTPUT_TOKENS) / 2
-        prefill_ms = self.latency.prefill_base_ms[model] + self.latency.prefill_ms_per_token[model] * prompt
+        prefill_ms = self.latency.prefill_ms(np.array([round(prompt)]))[model, 0]
         # While it stays, as many others come as leave, and each is read in a step of its own.
         return float((prefill_ms * (1 + batch_size) + step_ms * output) / 1000.0)
 
