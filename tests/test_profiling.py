@@ -350,7 +350,7 @@ def test_no_service_gets_more_requests_than_the_fleet_at_its_highest_rate(
         async with open_session(20) as session:
             targets = [Target(session, url, name, np.random.default_rng(0)) for name in NAMES]
             bench = measuring.Bench(targets, calm)
-            await bench.warm_up()
+            await bench.warm_up(ends_at=0.0)
             await bench.measure(cell)
 
     with serving(FakeEngine("played", 0.002, counts=True).app) as url:

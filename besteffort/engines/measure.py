@@ -16,6 +16,7 @@ from besteffort.latency import Served
 
 _LEAD_MS = 100.0  # in which a batch's own prompts are surely read
 _FEWER_OR_MORE = 16  # tokens of a prompt, at most
+_SOME_EVENTS = 65  # tokens of an answer that shows how many an event has
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +144,10 @@ async def joined_prompts(
     """Let prompts of one length join a batch that decodes, one after another, at no fixed phase.
 
     Each asks for a single token, so that the batch is as before once it is read. By turns they are shorter
-    and longer, as in `first_token_ms`.
+    and longer, as in `first_token_ms`. They come so far apart that no event of the batch tells of two.
     """
-    num_steps = min(16 + 10 * num_joining + math.ceil(_LEAD_MS / step_ms), most_steps)
+    apart = 3 + 3 * (await _tokens_per_event(target) - 1)  # steps, and up to two more
+    num_steps = min(16 + (7 + apart) * num_joining + math.ceil(_LEAD_MS / step_ms), most_steps)
     running = [asyncio.create_task(target.ask(16, num_steps)) for _ in range(batch_size)]
     await asyncio.sleep((6 * step_ms + _LEAD_MS) / 1000.0)
     joining: list[Completion] = []
@@ -153,7 +155,7 @@ async def joined_prompts(
     while len(joining) < num_joining and not any(task.done() for task in running):
         more = -more if len(joining) % 2 else _some_tokens(target.rng, num_prompt_tokens)
         joining.append(await target.ask(num_prompt_tokens + more, 1))
-        await asyncio.sleep(step_ms * (3 + 2 * target.rng.random()) / 1000.0)
+        await asyncio.sleep(step_ms * (apart + 2 * target.rng.random()) / 1000.0)
     batch = [await task for task in running]
     last = min(one.chunk_at[-1] for one in batch)
     return [
@@ -161,6 +163,13 @@ async def joined_prompts(
         for one in joining
         if one.chunk_at[-1] < last and one.sent_at > max(other.chunk_at[0] for other in batch)
     ]
+
+
+async def _tokens_per_event(target: Target) -> int:
+    """Of a server that nothing else keeps busy: one, or its `--stream-interval`."""
+    one = await target.ask(16, _SOME_EVENTS)
+    counts = [token_count(one, n, n + 1) for n in range(len(one.chunk_at) - 1)]
+    return max(1, round(float(np.median(counts))))
 
 
 def _stall_ms(batch: Sequence[Completion], joining: Completion) -> float:

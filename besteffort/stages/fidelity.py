@@ -40,10 +40,11 @@ ALONE_BATCH = 3.0  # in flight on average, going by the profile
 TOGETHER_BATCH = 1.5
 NUM_REPEATS = 3  # of a trace on the real engines, which differ from themselves
 NUM_REQUESTS = 400  # where policies are ranked
-# The paper's rates, by turns, and so many requests at each on average. The largest model does well at the
-# first and not at all at the second. At rates between them half of its requests are so near to their deadline
-# that a machine which is slower by a percent has one more in a hundred late.
-PHASES = ((5.0, 20), (38.0, 40))
+# The paper's lowest and highest rates, by turns, and so many requests at each on average: the largest model
+# does well at the first and not at all at the second, and both last. At rates between them, or by turns within
+# seconds, half of its requests are so near to their deadline that a machine which is slower by a percent has
+# one more in a hundred late.
+PHASES = ((5.0, 60), (48.0, 120))
 AZURE_BEGIN = 63  # after the trace's first minute, which is followed by three in which nothing comes
 AZURE_NUM_REQUESTS = 220
 AZURE_STRETCH = 3.0  # the largest model alone is late for most, the middle one for a few
@@ -51,7 +52,7 @@ AZURE_PROMPTS_SHORTER = 16  # so the longest, of 7,436 tokens, fits into the fle
 BEGIN, END = "<!-- fidelity -->", "<!-- end of fidelity -->"
 Done = TypeVar("Done")
 Floats = NDArray[np.float64]
-BUILT_IN = ("greedy", "least-loaded", "round-robin")
+BUILT_IN = ("greedy", "least-loaded", "round-robin", "random")
 
 
 @dataclass(frozen=True)
