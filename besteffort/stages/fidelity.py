@@ -41,7 +41,7 @@ TOGETHER_BATCH = 1.5
 NUM_REPEATS = 3  # of a trace on the real engines, which differ from themselves
 NUM_REQUESTS = 400  # where policies are ranked
 # The paper's lowest and highest rates, by turns, and so many requests at each on average: the largest model
-# does well at the first and not at all at the second, and both last. At rates between them, or by turns within
+# does well at the first and not at all at the second, and both last. At rates between them, or by turns in
 # seconds, half of its requests are so near to their deadline that a machine which is slower by a percent has
 # one more in a hundred late.
 PHASES = ((5.0, 60), (48.0, 120))
