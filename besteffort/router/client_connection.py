@@ -68,6 +68,7 @@ class ClientConnection(asyncio.Protocol):
         self._closing = False  # nothing more is read
         self._paused = False  # the client does not read what we wrote
         self._out: list[bytes] = []
+        self._size = 0  # of the bodies in it
         self._chunked = self._bodiless = False
         self._came_at = house.loop.time()
         self.due_at = math.inf
@@ -189,7 +190,7 @@ class ClientConnection(asyncio.Protocol):
                 self._read(data)
             elif self._owes_continue:
                 self._owes_continue = False
-                self._house.outbox.send(self._transport, (_CONTINUE,))
+                self._house.outbox.send(self._transport, (_CONTINUE,), 0)
             else:
                 break
         if self._leaves and not (self._closing or self._paused):
@@ -272,6 +273,7 @@ class ClientConnection(asyncio.Protocol):
         if reply.closes or self._house.draining:
             request.keep_alive = False
         self._out += self._whole(reply, request)
+        self._size += len(reply.body)
         self.flush()
         self._finish()
 
@@ -294,6 +296,7 @@ class ClientConnection(asyncio.Protocol):
         self._out += status_line(status), headers, _connection_line(request), ends
 
     def write(self, data: bytes) -> None:
+        self._size += len(data)
         if self._chunked:
             self._out += (b"%x\r\n" % len(data), data, b"\r\n")
         elif not self._bodiless:
@@ -302,7 +305,8 @@ class ClientConnection(asyncio.Protocol):
     def flush(self) -> None:
         if self._out:
             out, self._out = self._out, []
-            self._house.outbox.send(self._transport, out)
+            self._house.outbox.send(self._transport, out, self._size)
+            self._size = 0
 
     def end(self) -> None:
         if self._chunked:

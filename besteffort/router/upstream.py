@@ -26,7 +26,7 @@ _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout",
 _LACKS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 _COMPLAIN_EVERY_S = 60.0
 
-Write = Callable[["Upstream"], Sequence[bytes]]
+Write = Callable[["Upstream"], Sequence[bytes]]  # of a request's bytes; the last ones may be many
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
@@ -233,7 +233,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._wait_for_more()
         if call.paused:  # while it was connecting
             self.pause()
-        self._upstream.outbox.send(self._transport, request)
+        self._upstream.outbox.send(self._transport, request, len(request[-1]))
 
     def close(self) -> None:
         self._call = None
