@@ -6,6 +6,7 @@ import math
 import socket
 import struct
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 from besteffort.router.limits import Limits
@@ -277,7 +278,7 @@ class ClientConnection(asyncio.Protocol):
         self.flush()
         self._finish()
 
-    def begin(self, status: int, headers: bytes, length: int | None) -> None:
+    def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:
         request = self._request
         assert request is not None, "an answer has a request"
         if self._house.draining:
@@ -293,7 +294,7 @@ class ClientConnection(asyncio.Protocol):
             ends = b"\r\n"
         else:
             ends = b"content-length: %d\r\n\r\n" % length
-        self._out += status_line(status), headers, _connection_line(request), ends
+        self._out = [status_line(status), *headers, _connection_line(request), ends]
 
     def write(self, data: bytes) -> None:
         self._size += len(data)

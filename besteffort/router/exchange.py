@@ -251,7 +251,8 @@ class Exchange:
 
     def _begin(self, status: int) -> None:
         """Pass on the head, now that it is this engine's answer; `status` is what that amounts to."""
-        self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
+        if self._streams:  # of a plain answer only the end matters
+            self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
         if status < 500:
             self._proxy.health.of(self._route).answered(status)
         if self._tries is not None:
@@ -267,7 +268,7 @@ class Exchange:
         asked.body.let_go()
         receipt = self._proxy.receipts.lines(self._route, asked.deadline_ms_per_token)
         self._begun = True
-        lines = b"%b%bx-request-id: %b\r\n" % (self._head, receipt, asked.request_id)
+        lines = self._head, receipt, b"x-request-id: ", asked.request_id, b"\r\n"
         self._responder.begin(self._status, lines, self._length)
 
     def _is_given_to_another(self, status: int) -> bool:
@@ -380,10 +381,8 @@ class Exchange:
         passed: bytes | None = request.notes.get(_PASSED_IN)
         if passed is None:
             passed = request.notes[_PASSED_IN] = proxy.passed_in(request.headers)
-        head = b"%bx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n" % (
-            upstream.post_lines(request.target), asked.request_id, len(body), passed
-        )  # fmt: skip
-        return [head, body]
+        lines = upstream.post_lines(request.target)
+        return [lines, asked.request_id, b"\r\ncontent-length: %d\r\n" % len(body), passed, b"\r\n", body]
 
 
 def _may_become_an_error(begun: bytes) -> bool:
