@@ -238,17 +238,20 @@ class ClientConnection(asyncio.Protocol):
             self._close()
             return
         self._await_next()
-        if job is not None:  # else it was answered at once, and whoever started it goes on
+        if job is None:
+            return  # it was answered at once, and whoever started it goes on
+        # Mostly there is nothing, which is as good as `_work` and quicker.
+        if self._ready or self._unread or self._last_words or self._owes_continue or self._leaves:
             self._work()
 
     def _await_next(self) -> None:
         reader, limits = self._reader, self._limits
         if self._paused:
             return
-        if not reader.in_message:
-            self._due_in(limits.keep_alive_s)
-        else:
-            self._due_in(limits.body_s if reader.in_body else limits.head_s)
+        wait_s = limits.keep_alive_s
+        if reader.in_message:
+            wait_s = limits.body_s if reader.in_body else limits.head_s
+        self.due_at = self._house.loop.time() + wait_s
 
     def _due_in(self, delay_s: float) -> None:
         self.due_at = self._house.loop.time() + delay_s
@@ -285,15 +288,17 @@ class ClientConnection(asyncio.Protocol):
             request.keep_alive = False
         self._reader.release(request)  # it goes to no engine any more
         self._bodiless = status in (204, 304)
-        self._chunked = length is None and request.http_1_1 and not self._bodiless
-        if length is None and not (self._chunked or self._bodiless):
-            request.keep_alive = False  # the end of the connection is the end of the body
-        if self._chunked:
-            ends = b"transfer-encoding: chunked\r\n\r\n"
-        elif length is None or self._bodiless:
+        self._chunked = False
+        if self._bodiless:
             ends = b"\r\n"
-        else:
+        elif length is not None:
             ends = b"content-length: %d\r\n\r\n" % length
+        elif request.http_1_1:
+            self._chunked = True
+            ends = b"transfer-encoding: chunked\r\n\r\n"
+        else:
+            request.keep_alive = False  # the end of the connection is the end of the body
+            ends = b"\r\n"
         self._out = [status_line(status), *headers, _connection_line(request), ends]
 
     def write(self, data: bytes) -> None:
