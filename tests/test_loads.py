@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from besteffort.router.loads import Loads, Standing
 
-NUM_REPLICAS = (5, 1, 4)
+NUM_REPLICAS = (5, 1, 11)  # few, and many
 REPLICAS = [(model, replica) for model, number in enumerate(NUM_REPLICAS) for replica in range(number)]
 
 

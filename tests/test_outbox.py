@@ -81,7 +81,7 @@ def test_all_is_written_once_and_in_order_whenever_the_loop_turns(events: list[A
         else:
             number, size = event
             data = bytes([nth]) * size
-            outbox.send(ends[number], [data[:1], data[1:]])
+            outbox.send(ends[number], [data[:1], data[1:]], len(data))
             sent.append((number, data))
     loop.turn()
     assert wire.written == sent
@@ -93,7 +93,7 @@ def test_what_comes_alone_is_written_at_once_but_for_a_try_now_and_then() -> Non
     end = wire.end(0)
     num_at_once = 0
     for number in range(170):
-        outbox.send(end, [b"x"])
+        outbox.send(end, [b"x"], 1)
         num_at_once += len(wire.written) == number + 1
         loop.turn()
     assert num_at_once == 160
@@ -102,11 +102,11 @@ def test_what_comes_alone_is_written_at_once_but_for_a_try_now_and_then() -> Non
 def test_many_in_one_turn_are_written_at_its_end_and_so_are_those_of_the_next() -> None:
     loop, wire, outbox = made()
     for _ in range(HELD):
-        outbox.send(wire.end(0), [b"x"])
+        outbox.send(wire.end(0), [b"x"], 1)
     loop.turn()
     assert len(wire.written) == HELD
     for _ in range(3):
-        outbox.send(wire.end(0), [b"x"])
+        outbox.send(wire.end(0), [b"x"], 1)
     assert len(wire.written) == HELD
     loop.turn()
     assert len(wire.written) == HELD + 3
@@ -116,7 +116,7 @@ def test_what_was_closed_meanwhile_gets_nothing_and_keeps_nobody_from_it() -> No
     loop, wire, outbox = made()
     ends = [wire.end(number) for number in range(HELD)]
     for end in ends:
-        outbox.send(end, [b"x"])
+        outbox.send(end, [b"x"], 1)
     before = len(wire.written)
     assert before < HELD
     ends[before].is_closed = True
@@ -127,7 +127,7 @@ def test_what_was_closed_meanwhile_gets_nothing_and_keeps_nobody_from_it() -> No
 def test_never_does_a_message_wait_for_more_than_a_few_others() -> None:
     loop, wire, outbox = made()
     for number in range(1, 201):
-        outbox.send(wire.end(0), [b"x"])
+        outbox.send(wire.end(0), [b"x"], 1)
         assert number - len(wire.written) < 16
     loop.turn()
     assert len(wire.written) == 200
@@ -136,7 +136,7 @@ def test_never_does_a_message_wait_for_more_than_a_few_others() -> None:
 def test_never_is_a_lot_held() -> None:
     loop, wire, outbox = made()
     for number in range(1, 101):
-        outbox.send(wire.end(0), [b"x" * SMALL])
+        outbox.send(wire.end(0), [b"x" * SMALL], SMALL)
         assert (number - len(wire.written)) * SMALL <= 262_144
     loop.turn()
     assert len(wire.written) == 100

@@ -1,11 +1,11 @@
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file

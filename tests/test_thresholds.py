@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from besteffort.arrivals import arrival_rates_per_s
 from besteffort.artifacts.files import write_text
@@ -58,7 +59,9 @@ def test_slackfit_takes_the_largest_model_that_makes_the_deadline_and_else_the_f
 def test_slackfit_goes_by_the_request_s_own_deadline_where_it_has_one(fleet: Fleet) -> None:
     slackfit = SlackFit(constant_latency(), fleet)
     seen = _seen(0, 0)  # copa, which has 40 ms; the large model takes 28.5, with prefills in no time
-    chosen = [slackfit.choose(replace(seen, deadline_ms_per_token=own)) for own in (None, 28.0, 29.0, 5.0)]
+    chosen = [
+        slackfit.choose(structs.replace(seen, deadline_ms_per_token=own)) for own in (None, 28.0, 29.0, 5.0)
+    ]
     assert chosen == [1, 0, 1, 0]
 
 

@@ -6,6 +6,7 @@ import math
 import socket
 import struct
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 from besteffort.router.limits import Limits
@@ -68,6 +69,7 @@ class ClientConnection(asyncio.Protocol):
         self._closing = False  # nothing more is read
         self._paused = False  # the client does not read what we wrote
         self._out: list[bytes] = []
+        self._size = 0  # of the bodies in it
         self._chunked = self._bodiless = False
         self._came_at = house.loop.time()
         self.due_at = math.inf
@@ -189,7 +191,7 @@ class ClientConnection(asyncio.Protocol):
                 self._read(data)
             elif self._owes_continue:
                 self._owes_continue = False
-                self._house.outbox.send(self._transport, (_CONTINUE,))
+                self._house.outbox.send(self._transport, (_CONTINUE,), 0)
             else:
                 break
         if self._leaves and not (self._closing or self._paused):
@@ -236,17 +238,20 @@ class ClientConnection(asyncio.Protocol):
             self._close()
             return
         self._await_next()
-        if job is not None:  # else it was answered at once, and whoever started it goes on
+        if job is None:
+            return  # it was answered at once, and whoever started it goes on
+        # Mostly there is nothing, which is as good as `_work` and quicker.
+        if self._ready or self._unread or self._last_words or self._owes_continue or self._leaves:
             self._work()
 
     def _await_next(self) -> None:
         reader, limits = self._reader, self._limits
         if self._paused:
             return
-        if not reader.in_message:
-            self._due_in(limits.keep_alive_s)
-        else:
-            self._due_in(limits.body_s if reader.in_body else limits.head_s)
+        wait_s = limits.keep_alive_s
+        if reader.in_message:
+            wait_s = limits.body_s if reader.in_body else limits.head_s
+        self.due_at = self._house.loop.time() + wait_s
 
     def _due_in(self, delay_s: float) -> None:
         self.due_at = self._house.loop.time() + delay_s
@@ -272,28 +277,32 @@ class ClientConnection(asyncio.Protocol):
         if reply.closes or self._house.draining:
             request.keep_alive = False
         self._out += self._whole(reply, request)
+        self._size += len(reply.body)
         self.flush()
         self._finish()
 
-    def begin(self, status: int, headers: bytes, length: int | None) -> None:
+    def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:
         request = self._request
         assert request is not None, "an answer has a request"
         if self._house.draining:
             request.keep_alive = False
         self._reader.release(request)  # it goes to no engine any more
         self._bodiless = status in (204, 304)
-        self._chunked = length is None and request.http_1_1 and not self._bodiless
-        if length is None and not (self._chunked or self._bodiless):
-            request.keep_alive = False  # the end of the connection is the end of the body
-        if self._chunked:
-            ends = b"transfer-encoding: chunked\r\n\r\n"
-        elif length is None or self._bodiless:
+        self._chunked = False
+        if self._bodiless:
             ends = b"\r\n"
-        else:
+        elif length is not None:
             ends = b"content-length: %d\r\n\r\n" % length
-        self._out += status_line(status), headers, _connection_line(request), ends
+        elif request.http_1_1:
+            self._chunked = True
+            ends = b"transfer-encoding: chunked\r\n\r\n"
+        else:
+            request.keep_alive = False  # the end of the connection is the end of the body
+            ends = b"\r\n"
+        self._out = [status_line(status), *headers, _connection_line(request), ends]
 
     def write(self, data: bytes) -> None:
+        self._size += len(data)
         if self._chunked:
             self._out += (b"%x\r\n" % len(data), data, b"\r\n")
         elif not self._bodiless:
@@ -302,7 +311,8 @@ class ClientConnection(asyncio.Protocol):
     def flush(self) -> None:
         if self._out:
             out, self._out = self._out, []
-            self._house.outbox.send(self._transport, out)
+            self._house.outbox.send(self._transport, out, self._size)
+            self._size = 0
 
     def end(self) -> None:
         if self._chunked:

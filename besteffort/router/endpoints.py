@@ -48,7 +48,7 @@ class Endpoints:
         return None
 
     def handle(self, request: Request, responder: Responder) -> Job | None:
-        endpoint = self._find(request.target)
+        endpoint = self._by_path.get(request.target) or self._find(request.target)
         assert endpoint is not None, "else it was refused"
         return endpoint.methods[request.method](request, responder)
 

@@ -80,18 +80,18 @@ class Exchange:
 
     def start(self) -> None:
         """Raises NoReplicaError."""
-        proxy, address = self._proxy, self._asked.address
-        deadline_ms_per_token = self._asked.deadline_ms_per_token
-        self._route = proxy.dispatcher.begin(address.task, address.pinned, deadline_ms_per_token)
+        proxy, asked = self._proxy, self._asked
+        address, dispatcher = asked.address, proxy.dispatcher
+        self._route = dispatcher.begin(address.task, address.pinned, asked.deadline_ms_per_token)
         proxy.num_in_flight += 1
         try:
             if proxy.decision_log is not None:
-                decision, asked = proxy.dispatcher.decision, self._asked
+                decision = dispatcher.decision
                 self._entry = Entry(proxy.decision_log, decision, asked.body, asked.request_id)
             self._send()
         except Exception:
             proxy.num_in_flight -= 1
-            proxy.dispatcher.end(self._route)
+            dispatcher.end(self._route)
             raise
 
     def _send(self) -> None:
@@ -251,12 +251,13 @@ class Exchange:
 
     def _begin(self, status: int) -> None:
         """Pass on the head, now that it is this engine's answer; `status` is what that amounts to."""
-        self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
+        proxy, route, asked = self._proxy, self._route, self._asked
+        if self._streams:  # of a plain answer only the end matters
+            self._first_byte_at = self._last_byte_at = proxy.dispatcher.clock()
         if status < 500:
-            self._proxy.health.of(self._route).answered(status)
+            proxy.health.of(route).answered(status)
         if self._tries is not None:
             self._tries.answered(status)
-        asked = self._asked
         if self._status < 400:
             self._tokens = StreamCount() if self._streams else PlainCount()
             self._num_answers = asked.body.num_answers
@@ -265,9 +266,9 @@ class Exchange:
         if self._entry is not None:
             self._entry.begin()
         asked.body.let_go()
-        receipt = self._proxy.receipts.lines(self._route, asked.deadline_ms_per_token)
+        receipt = proxy.receipts.lines(route, asked.deadline_ms_per_token)
         self._begun = True
-        lines = b"%b%bx-request-id: %b\r\n" % (self._head, receipt, asked.request_id)
+        lines = self._head, receipt, b"x-request-id: ", asked.request_id, b"\r\n"
         self._responder.begin(self._status, lines, self._length)
 
     def _is_given_to_another(self, status: int) -> bool:
@@ -380,10 +381,8 @@ class Exchange:
         passed: bytes | None = request.notes.get(_PASSED_IN)
         if passed is None:
             passed = request.notes[_PASSED_IN] = proxy.passed_in(request.headers)
-        head = b"%bx-request-id: %b\r\ncontent-length: %d\r\n%b\r\n" % (
-            upstream.post_lines(request.target), asked.request_id, len(body), passed
-        )  # fmt: skip
-        return [head, body]
+        lines = upstream.post_lines(request.target)
+        return [lines, asked.request_id, b"\r\ncontent-length: %d\r\n" % len(body), passed, b"\r\n", body]
 
 
 def _may_become_an_error(begun: bytes) -> bool:

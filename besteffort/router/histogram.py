@@ -7,7 +7,7 @@ from itertools import accumulate
 
 class Histogram:
     def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
+        self._bounds = tuple(map(float, bounds))  # a comparison with an integer takes twice as long
         self._counts = [0] * (len(self._bounds) + 1)
         self.sum = 0.0
 
@@ -21,5 +21,5 @@ class Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """As prometheus_client takes them: upper bounds, and how many values are at most that."""
-        names = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        names = [*(str(bound) for bound in self._bounds), "+Inf"]
         return list(zip(names, accumulate(self._counts), strict=True))

@@ -18,6 +18,7 @@ class Standing(IntEnum):
 
 
 _UP, _OUT = int(Standing.UP), int(Standing.OUT)  # plain numbers are quicker
+_FEW = 8  # replicas; it takes less time to look at all of them than to climb a tree
 _WORSE = 1 << 40  # requests: more than any count, so that what stands worse comes later
 
 
@@ -28,17 +29,21 @@ class Loads:
         self.in_flight = [[0] * number for number in num_replicas]  # by model, then by replica
         self._standings = [[_UP] * number for number in num_replicas]
         self._num_up = list(num_replicas)
+        self._num_worse = 0  # replicas that are not up
         self.closed: tuple[int, ...] = ()
         """The models of which no replica is up"""
         self.totals = [0] * len(num_replicas)  # in flight by model
-        self._totals_up = [0] * len(num_replicas)  # of these at replicas that are up
+        self._totals_up: list[int] = []  # of these at replicas that are up; kept while some are not
         self._batch_sizes = [0.0] * len(num_replicas)
-        self._orders = [_Order(number) for number in num_replicas]
+        self._orders = [_few_or_many(number) for number in num_replicas]
         self.least = [0] * len(num_replicas)
         """Of each model's replicas that stand best the one with the smallest count, of equals the first"""
         self._num_devices = num_devices
         # Then by model; as floats, which are packed in half the time.
         self._on_device = [[0.0] * len(num_replicas) for _ in range(num_devices)]
+        # A device may hold several replicas of one model.
+        self._is_crowded = max(num_replicas) > num_devices
+        self._around = [self._on_device[0]] * len(num_replicas)  # by model: what is on the device of `least`
         shape = 1 + len(num_replicas), len(num_replicas)
         self._packed = bytearray(8 * shape[0] * shape[1])  # what a policy sees, as doubles
         self._pack_into = struct.Struct(f"{shape[0] * shape[1]}d").pack_into
@@ -49,18 +54,24 @@ class Loads:
         """Note that so many requests came to the replica, or left it."""
         counts = self.in_flight[model]
         count = counts[replica] = counts[replica] + change
-        self.totals[model] += change
+        total = self.totals[model] = self.totals[model] + change
         self._on_device[replica % self._num_devices][model] += change
-        if self._standings[model][replica] == _UP:
-            total = self._totals_up[model] = self._totals_up[model] + change
-            self._batch_sizes[model] = total / self._num_up[model]
-            self.least[model] = self._orders[model].put(replica, count)
-        else:
+        if self._num_worse:
+            if self._standings[model][replica] == _UP:
+                self._totals_up[model] += change
             self._settle(model, replica)
+            return
+        self._batch_sizes[model] = total / self._num_up[model]
+        first = self._orders[model].put(replica, count)
+        if first != self.least[model]:
+            self._put_first(model, first)
 
     def stand(self, model: int, replica: int, standing: Standing) -> None:
         """From now on. What is in flight there goes on being counted."""
+        if not self._num_worse:
+            self._totals_up = self.totals.copy()
         change = (standing == _UP) - (self._standings[model][replica] == _UP)
+        self._num_worse -= change
         self._standings[model][replica] = int(standing)
         self._num_up[model] += change
         self._totals_up[model] += change * self.in_flight[model][replica]
@@ -71,11 +82,15 @@ class Loads:
         """Bring all that follows from the counts up to date."""
         count = self.in_flight[model][replica]
         rank = count + self._standings[model][replica] * _WORSE
-        self.least[model] = self._orders[model].put(replica, rank)
+        self._put_first(model, self._orders[model].put(replica, rank))
         if self._num_up[model]:
             self._batch_sizes[model] = self._totals_up[model] / self._num_up[model]
         else:
             self._batch_sizes[model] = self.totals[model] / len(self._standings[model])
+
+    def _put_first(self, model: int, replica: int) -> None:
+        self.least[model] = replica
+        self._around[model] = self._on_device[replica % self._num_devices]
 
     def standing(self, model: int, replica: int) -> Standing:
         return Standing(self._standings[model][replica])
@@ -87,27 +102,44 @@ class Loads:
     def seen(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """`Observation.batch_sizes`, of the replicas that are up or, where none is, of all; and
         `Observation.neighbours`. Good until the next call: one array is made once, and written again."""
-        seen, on_device, num_devices = self._batch_sizes.copy(), self._on_device, self._num_devices
-        num_models = len(seen)
-        for model, replica in enumerate(self.least):
-            seen += on_device[replica % num_devices]
-            seen[model - num_models] = self.in_flight[model][replica]
+        seen = self._batch_sizes.copy()
+        for row in self._around_alone() if self._is_crowded else self._around:
+            seen += row
         self._pack_into(self._packed, 0, *seen)
         return self._seen
+
+    def _around_alone(self) -> list[list[float]]:
+        """With each replica's own requests, and not those of others of its model on the same device."""
+        around = [row.copy() for row in self._around]
+        for model, replica in enumerate(self.least):
+            around[model][model] = self.in_flight[model][replica]
+        return around
 
     def on_device(self, replica: int) -> list[float]:
         """Requests in flight by model, on the device of this replica; to be read only."""
         return self._on_device[replica % self._num_devices]
 
 
-class _Order:
-    """Who is first among `size` replicas by count, then by index: a tree in which each node is the lesser
-    of its two children."""
+class _Few:
+    """Who is first among `size` replicas by count, then by index."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        # A count and an index in one integer, since Python compares those faster than pairs.
+        self._ranks = list(range(size))
+
+    def put(self, replica: int, count: int) -> int:
+        """Who is first from now on."""
+        self._ranks[replica] = count * self._size + replica
+        return min(self._ranks) % self._size
+
+
+class _Many:
+    """The same for many: a tree in which each node is the lesser of its two children."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._num_leaves = 1 << (size - 1).bit_length()
-        # A count and an index in one integer, since Python compares those faster than pairs.
         self._nodes = [0] * (2 * self._num_leaves)
         last = (_OUT + 1) * _WORSE * size
         self._nodes[self._num_leaves :] = [leaf if leaf < size else last for leaf in range(self._num_leaves)]
@@ -115,7 +147,6 @@ class _Order:
             self._nodes[node] = min(self._nodes[2 * node], self._nodes[2 * node + 1])
 
     def put(self, replica: int, count: int) -> int:
-        """Who is first from now on."""
         nodes = self._nodes
         node = self._num_leaves + replica
         nodes[node] = count * self._size + replica
@@ -128,3 +159,7 @@ class _Order:
                 break
             nodes[node] = lesser
         return nodes[1] % self._size
+
+
+def _few_or_many(size: int) -> _Few | _Many:
+    return _Few(size) if size <= _FEW else _Many(size)

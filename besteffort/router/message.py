@@ -1,7 +1,7 @@
 """Requests and replies, as the server reads and writes them."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from http import HTTPStatus
@@ -68,8 +68,9 @@ class Responder(Protocol):
 
     def reply(self, reply: Reply) -> None: ...
 
-    def begin(self, status: int, headers: bytes, length: int | None) -> None:
-        """Write the head. `headers` are whole lines; without a `length` the body ends when it ends."""
+    def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:
+        """Write the head. `headers` are whole lines, in any pieces. Without a `length` the body ends when it
+        ends."""
 
     def write(self, data: bytes) -> None:
         """Put bytes of the body behind those that wait for `flush`."""

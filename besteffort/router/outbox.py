@@ -27,11 +27,8 @@ class Outbox:
         self._gathers = False  # the last ones had company
         self._num_alone = 0
 
-    def send(self, transport: asyncio.WriteTransport, parts: Sequence[bytes]) -> None:
-        """Write bytes that nobody changes any more."""
-        size = 0
-        for part in parts:
-            size += len(part)
+    def send(self, transport: asyncio.WriteTransport, parts: Sequence[bytes], size: int) -> None:
+        """Write bytes that nobody changes any more. `size` is of those parts that may be large."""
         if size > SMALL:
             self.flush()
             transport.writelines(parts)

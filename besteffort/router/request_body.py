@@ -29,6 +29,7 @@ class RequestBody:
         if not data.isascii():
             data.decode()  # raises ValueError where it is not UTF-8; its values stay parts of `data`
         self._fields = read_fields(data)
+        self._has_lists = data.find(b"[") >= 0
         model = self._fields.get("model")
         self.model = None if model is None else _read_model(model)
         """None if it is missing; of one that is too long to be any, its beginning"""
@@ -40,7 +41,7 @@ class RequestBody:
         number = 1
         if n is not None and isinstance(given := _read(n), int) and given > 1:
             number = min(given, _MAX_NUMBER)
-        if prompt is not None and (begun := _LIST_OF_PROMPTS.match(prompt)):
+        if self._has_lists and prompt is not None and (begun := _LIST_OF_PROMPTS.match(prompt)):
             number *= _num_prompts(prompt, are_tokens=begun[0].endswith(b"["))
         return number
 

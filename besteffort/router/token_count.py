@@ -15,6 +15,7 @@ _OVERLAP = 256  # at least the longest match
 _CHOICE = re.compile(rb'"choices"[ \t]{0,64}:[ \t]{0,64}\[[ \t]{0,64}\{')
 _ROLE = re.compile(rb'"role"[ \t]{0,64}:')
 _CONTENT = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments)"[ \t]{0,64}:[ \t]{0,64}"[^"]')
+_ROLE_KEY = b'"role"'
 _ERROR_KEY = b'{"error"'
 _ERROR = re.compile(rb'^data: ?\{"error"[ \t]{0,64}:', re.MULTILINE)
 _MAX_EVENT = 1024 * 1024  # a longer one is passed on, but not looked at
@@ -97,11 +98,12 @@ class StreamCount:
         return others if skipped else whole + b"\n" + others
 
     def _count(self, lines: bytes) -> None:
-        if _ERROR_KEY in lines and _ERROR.search(lines) is not None:
+        # `in` takes ten times as long: it tries whether the bytes are a number before.
+        if lines.find(_ERROR_KEY) >= 0 and _ERROR.search(lines) is not None:
             self.failed = True
-        if _USAGE_KEY in lines and (found := _USAGE.findall(lines)):
+        if lines.find(_USAGE_KEY) >= 0 and (found := _USAGE.findall(lines)):
             self._usage = int(found[-1])
-        if b'"role"' in lines:
+        if lines.find(_ROLE_KEY) >= 0:
             self._num_events += sum(map(_brings_a_token, lines.split(b"\n")))
         else:
             self._num_events += len(_CHOICE.findall(lines))

@@ -26,7 +26,7 @@ _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout",
 _LACKS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 _COMPLAIN_EVERY_S = 60.0
 
-Write = Callable[["Upstream"], Sequence[bytes]]
+Write = Callable[["Upstream"], Sequence[bytes]]  # of a request's bytes; the last ones may be many
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
@@ -107,13 +107,13 @@ class Upstream:
         return call
 
     def post_lines(self, path: bytes) -> bytes:
-        """What a head begins with that posts JSON there."""
+        """What a head begins with that posts JSON there, up to the request's id."""
         lines = self._post_lines.get(path)
         if lines is None:
             lines = self._post_lines[path] = (
                 b"POST %b%b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
                 # What the client did not ask to be compressed is not, and its tokens can be counted.
-                b"accept-encoding: identity\r\n"
+                b"accept-encoding: identity\r\nx-request-id: "
             ) % (self.base_path, path, self.authority)
         return lines
 
@@ -233,7 +233,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._wait_for_more()
         if call.paused:  # while it was connecting
             self.pause()
-        self._upstream.outbox.send(self._transport, request)
+        self._upstream.outbox.send(self._transport, request, len(request[-1]))
 
     def close(self) -> None:
         self._call = None
@@ -322,14 +322,14 @@ class UpstreamConnection(asyncio.Protocol):
         self.due_at = due_at if due_at < total_due_at else total_due_at  # quicker than `min`
 
     def _end(self, call: Call) -> None:
-        idle = self._upstream.idle
+        upstream, reader = self._upstream, self._reader
         self._call = call.connection = None
-        if self.is_open and self._reader.reusable and len(idle) < self._upstream.limits.max_idle:
-            self.due_at = self._upstream.loop.time() + self._upstream.limits.keep_alive_s
+        if self.is_open and reader.reusable and len(upstream.idle) < upstream.limits.max_idle:
+            self.due_at = upstream.loop.time() + upstream.limits.keep_alive_s
             if call.paused:
                 self._transport.resume_reading()
-            self._reader.rest()
-            idle.append(self)
+            reader.rest()
+            upstream.idle.append(self)
         else:
             self.close()
         try:

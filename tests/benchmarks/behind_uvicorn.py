@@ -6,6 +6,7 @@ python -m tests.benchmarks.behind_uvicorn PORT ENGINE_URL...
 import asyncio
 import contextlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -33,8 +34,8 @@ class _Responder:
         self.messages.put_nowait({"type": "http.response.body", "body": reply.body})
         self.messages.put_nowait(None)
 
-    def begin(self, status: int, headers: bytes, length: int | None) -> None:
-        pairs = [tuple(line.split(b": ", 1)) for line in headers.split(b"\r\n")[:-1]]
+    def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:
+        pairs = [tuple(line.split(b": ", 1)) for line in b"".join(headers).split(b"\r\n")[:-1]]
         if length is not None:
             pairs.append((b"content-length", b"%d" % length))
         self.messages.put_nowait({"type": "http.response.start", "status": status, "headers": pairs})
