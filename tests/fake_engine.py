@@ -24,13 +24,18 @@ from starlette.types import ASGIApp
 class FakeEngine:
     """Answers `max_tokens` tokens, one each `step_s`; the prompt may ask for a fault.
 
-    If it `counts`, streams end with their number of tokens.
+    If it `counts`, streams end with their number of tokens. Each event but the first has so many tokens, and
+    says how many there were, unless it is one.
     """
 
-    def __init__(self, name: str, step_s: float = 0.0, *, counts: bool = False) -> None:
+    def __init__(
+        self, name: str, step_s: float = 0.0, *, counts: bool = False, tokens_per_event: int = 1
+    ) -> None:
         self.name = name
         self.step_s = step_s
         self.counts = counts
+        self.tokens_per_event = tokens_per_event
+        self.came_at: list[float] = []  # as `bodies`, by `time.monotonic`
         self.bodies: list[dict[str, Any]] = []
         self.num_running = 0
         self.num_cancelled = 0
@@ -44,6 +49,7 @@ class FakeEngine:
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
+        self.came_at.append(time.monotonic())
         if body.get("prompt") == "hang":
             await asyncio.sleep(3600)
         if body.get("prompt") == "refuse":
@@ -67,9 +73,13 @@ class FakeEngine:
                     await asyncio.sleep(self.step_s)
                 if prompt == "break" and index == num_tokens // 2:
                     raise ConnectionResetError("asked for")
-                choice = {"index": 0, "text": f" {index}"}
+                if index % self.tokens_per_event and index + 1 < num_tokens:
+                    continue
+                event: dict[str, Any] = {"choices": [{"index": 0, "text": f" {index}"}]}
+                if self.tokens_per_event > 1:
+                    event["usage"] = {"completion_tokens": index + 1}
                 # As vLLM writes it: no space after a colon.
-                yield b"data: " + json.dumps({"choices": [choice]}, separators=(",", ":")).encode() + b"\n\n"
+                yield b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
             if self.counts:
                 yield b'data: {"choices":[],"usage":{"completion_tokens":%d}}\n\n' % num_tokens
             yield b"data: [DONE]\n\n"

@@ -368,6 +368,43 @@ def test_prompts_join_a_batch_of_a_fast_engine_too() -> None:
         assert asyncio.run(measure(url)) > 0
 
 
+def test_prompts_join_so_far_apart_that_no_event_of_the_batch_tells_of_two() -> None:
+    step_s, tokens_per_event = 0.002, 8
+    engine = FakeEngine("played", step_s, counts=True, tokens_per_event=tokens_per_event)
+
+    async def measure(url: str) -> int:
+        async with open_session(20) as session:
+            target = Target(session, url, "played", np.random.default_rng(0))
+            return len(await joined_prompts(target, 2, 8, 3, 1000 * step_s, 500))
+
+    with serving(engine.app) as url:
+        assert asyncio.run(measure(url)) > 1
+    joined_at = [
+        at for body, at in zip(engine.bodies, engine.came_at, strict=True) if body["max_tokens"] == 1
+    ]
+    # One event may hold the prompt's beginning, the next its end.
+    assert np.diff(joined_at).min() > 2 * tokens_per_event * step_s
+
+
+@pytest.mark.parametrize(("num_gpus", "num_prompts"), [(0, 6), (1, 0)])
+def test_each_number_of_tokens_in_a_step_is_read_once_before_anything_is_measured_on_a_cpu(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, num_gpus: int, num_prompts: int
+) -> None:
+    monkeypatch.setattr(measuring, "_MOST_ROWS", 6)
+    engine = FakeEngine("played", 0.001, counts=True)
+
+    async def warm_up(url: str) -> None:
+        async with open_session(20) as session:
+            target = Target(session, url, "played", np.random.default_rng(0))
+            bench = measuring.Bench([target], fleet.model_copy(update={"num_gpus": num_gpus}))
+            await bench.warm_up(ends_at=time.monotonic() + 60)
+
+    with serving(engine.app) as url:
+        asyncio.run(warm_up(url))
+    lengths = [len(body["prompt"]) for body in engine.bodies if body["max_tokens"] == 1]
+    assert lengths == [*range(1, num_prompts + 1)]
+
+
 def test_a_server_that_does_not_count_along_leaves_the_tokens_of_events_open() -> None:
     async def ask(url: str) -> Completion:
         async with open_session(20) as session:
