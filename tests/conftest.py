@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from tests.fake_engine import wait_for
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+STREAM_INTERVAL = '"--stream-interval", "8",'  # among the engines' arguments of the shipped fleet
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class TinyEngines:
 
 @pytest.fixture(scope="session")
 def tiny_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyEngines]:
-    """Three real vLLM servers, started once for the whole run."""
+    """Three real vLLM servers, started once for the whole run, with an event for each token, as is usual."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: run `make setup`")
     fleet_dir = tmp_path_factory.mktemp("artifacts") / "tiny-opt-cpu"
     fleet_dir.mkdir()
-    shutil.copy(ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml", fleet_dir)
+    shipped = (ROOT / "artifacts" / "tiny-opt-cpu" / "fleet.toml").read_text(encoding="utf-8")
+    assert shipped.count(STREAM_INTERVAL) == 1
+    (fleet_dir / "fleet.toml").write_text(shipped.replace(STREAM_INTERVAL, ""), encoding="utf-8")
     fleet = load_fleet(fleet_dir)
     with running_engines(fleet, fleet_dir, {}, Silent()) as engines:
         yield TinyEngines(fleet_dir, fleet, engines)
