@@ -302,10 +302,12 @@ class ClientConnection(asyncio.Protocol):
         self._out = [status_line(status), *headers, _connection_line(request), ends]
 
     def write(self, data: bytes) -> None:
+        if self._bodiless:
+            return
         self._size += len(data)
         if self._chunked:
             self._out += (b"%x\r\n" % len(data), data, b"\r\n")
-        elif not self._bodiless:
+        else:
             self._out.append(data)
 
     def flush(self) -> None:
