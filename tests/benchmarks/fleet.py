@@ -4,14 +4,14 @@ import json
 import sys
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from besteffort.engines.child import free_port
+from besteffort.engines.reserved_port import ReservedPort
 from besteffort.fleet import load_fleet
 from tests.benchmarks import simulated_engine
 from tests.benchmarks.processes import BENCH_DIR, ROOT, is_well, rss_mib, running
@@ -62,8 +62,23 @@ def served(
     `cores` are the engines' and the router's.
     """
     fleet = load_fleet(FLEET_DIR)
-    places = [(model.name, free_port()) for model in fleet.models for _ in range(model.replicas)]
-    port, log = free_port(), BENCH_DIR / f"router-{free_port()}.log"
+    with ExitStack() as reserved:
+
+        def own_port() -> int:
+            return reserved.enter_context(closing(ReservedPort())).number
+
+        places = [(model.name, own_port()) for model in fleet.models for _ in range(model.replicas)]
+        yield from _served(places, own_port(), speed, options, cores)
+
+
+def _served(
+    places: list[tuple[str, int]],
+    port: int,
+    speed: float,
+    options: Sequence[str],
+    cores: tuple[int, int] | None,
+) -> Iterator[Served]:
+    log = BENCH_DIR / f"router-{port}.log"
     router = [sys.executable, "-m", "besteffort", "serve", str(FLEET_DIR), "--policy", str(POLICY)]
     for name, engine_port in places:
         router += ["--engine", f"{name}=http://127.0.0.1:{engine_port}"]
