@@ -1,7 +1,10 @@
 """How the simulator is held against real engines, on outcomes that are made up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +13,10 @@ import pytest
 from besteffort.fleet import Fleet
 from besteffort.report import differences, fidelity, fidelity_table, kendall_tau
 from besteffort.report.fidelity import EVERYTHING
+from besteffort.report.marks import Pace, Row
 from besteffort.request import Outcomes, Requests
 from besteffort.stages import fidelity as stage
-from besteffort.stages.fidelity import BEGIN, END, Pace, Row, Spec, write_table
+from besteffort.stages.fidelity import BEGIN, END, Spec, write_table
 from besteffort.trace import SourceArrivals
 from tests.conftest import ROOT
 from tests.test_cli import refused
@@ -101,17 +105,26 @@ def test_at_another_pace_a_row_may_reach_its_mark_or_not() -> None:
     assert Row("time", 5.0, 6.0, "min").shown_at_pace == ""
 
 
-def test_what_is_done_is_held_against_the_pace_around_the_profile(
+def test_what_is_done_is_held_against_the_pace_of_the_cores_while_profiled(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = iter([[2.0, 10.0], [4.0, 10.0], [3.0, 12.0], [3.0, 10.0]])
-    monkeypatch.setattr(stage, "steps_ms", lambda *_: np.array(next(seen)))
-    watch = stage._Watch(fleet, ())
+    works_us = iter([200.0, 250.0])
+
+    @contextmanager
+    def watched() -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(work_us=next(works_us))
+
+    monkeypatch.setattr(stage, "watched_pace", watched)
+    watch = stage._Watch(fleet.model_copy(update={"num_gpus": 0}))
     assert watch.replaying(lambda: "unknown") == ("unknown", None)
     assert watch.profiling(lambda: "profile") == "profile"
-    done, slowed = watch.replaying(lambda: "replay")
-    assert done == "replay"
-    np.testing.assert_allclose(slowed, [1.0, 1.1])  # type: ignore[arg-type]
+    assert watch.replaying(lambda: "replay") == ("replay", pytest.approx(1.25**stage.ENGINES_SHARE))
+
+
+def test_the_pace_of_cores_says_nothing_of_engines_on_a_gpu(fleet: Fleet) -> None:
+    watch = stage._Watch(fleet.model_copy(update={"num_gpus": 1}))
+    assert watch.profiling(lambda: "profile") == "profile"
+    assert watch.replaying(lambda: "replay") == ("replay", None)
 
 
 def test_bursts_follow_upon_calm_and_are_another_trace_for_another_fleet_only_in_time(fleet: Fleet) -> None:
@@ -139,12 +152,12 @@ def test_the_table_goes_between_its_marks_and_the_rest_of_the_page_stays(tmp_pat
     page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     fleet_dir = ROOT / "artifacts" / "titan-rtx-opt"
     spec = Spec(fleet_dir, fleet_dir / "rewards.parquet", None, None)
-    write_table(page, [Row("a mean", 7.25, 5.0, "%", "a remark", Pace(-0.9, 0.08))], spec)
+    write_table(page, [Row("a mean", 7.25, 5.0, "%", "a remark", Pace(-0.9, 0.08), 5.01)], spec)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| a mean | +7.2 % | within 5 % | **no** | a remark | +8 % | -0.9 %, yes |" in text
+    assert "| a mean | +7.2 % | within 5 % | **no** | 5.0 %, **no** | a remark | +8 % | -0.9 %, yes |" in text
 
 
 def test_compare_wants_policies_that_a_router_can_follow_and_does_both_itself(tmp_path: Path) -> None:

@@ -352,7 +352,8 @@ def fidelity(
       besteffort fidelity artifacts/tiny-opt-cpu
     """
     from besteffort.cli.tables import print_marks
-    from besteffort.stages.fidelity import Row, Spec, write_table
+    from besteffort.report.marks import Row
+    from besteffort.stages.fidelity import Spec, write_table
     from besteffort.stages.fidelity import fidelity as run_fidelity
 
     spec = Spec(

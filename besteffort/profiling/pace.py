@@ -1,47 +1,39 @@
-"""How fast the engines of a fleet are at this moment, by a few steps of each of them alone.
+"""How fast the cores of this machine compute, while something else is done on them.
 
-Two runs of one trace cannot be nearer to each other than the machine is to itself. A virtual one may be a
-tenth slower for minutes, since others use the same cores, and no counter of its own says so. Whatever is
-measured while the fleet is loaded tells of its own load as well, so that this is for moments when it is idle.
+Two runs of one trace cannot be nearer to each other than the machine is to itself. The cores of a virtual one
+are threads of real ones, of which others use the second thread now and then, for a part of a second or for
+minutes: a loop of Python takes up to twice as long then, and no counter says so. A probe on each core times a
+little work, by the processor time that it takes, so that whoever else runs on that core here does not count.
 """
 
-import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from besteffort.engines.client import open_session
-from besteffort.engines.measure import Target, wave_paces_ms
-from besteffort.engines.running import Engines
-from besteffort.fleet import Fleet
-from besteffort.profiling.design import BATCH_SIZE, SHORT_PROMPT
-
-_NUM_STEPS = 64  # of a wave
-_WATCHED_S = 1.0  # waves of each model, about
-_TIMEOUT_S = 120.0
+_PROBE = Path(__file__).with_name("pace_probe.py")
 
 
-def steps_ms(fleet: Fleet, engines: Engines) -> NDArray[np.float64]:
-    """A step of each model with a small batch, `(M,)`, by its first replica; nothing else may be under way.
+class Pace:
+    """How long that work took, on average over time and cores; known once the watching has ended."""
 
-    Raises:
-        EngineError: an engine does not answer.
-    """
-    return asyncio.run(_steps_ms(fleet, engines))
+    work_us: float
 
 
-async def _steps_ms(fleet: Fleet, engines: Engines) -> NDArray[np.float64]:
-    rng = np.random.default_rng()  # prompts that were read before would be in the prefix cache
-    room = fleet.engine.max_model_len - SHORT_PROMPT - 8
-    found = []
-    async with open_session(_TIMEOUT_S) as session:
-        for model, (first, *_) in zip(fleet.models, engines, strict=True):
-            target = Target(session, first.url, first.served_name, rng)
-            paces: list[float] = []
-            batch_size, num_steps = min(BATCH_SIZE, model.max_num_seqs), min(_NUM_STEPS, room)
-            async for pace_ms in wave_paces_ms(target, batch_size, SHORT_PROMPT, num_steps, room):
-                paces.append(pace_ms)
-                if sum(paces) * num_steps >= 1000.0 * _WATCHED_S:
-                    break
-            found.append(float(np.median(paces)))
-    return np.array(found)
+@contextmanager
+def watched_pace() -> Iterator[Pace]:
+    """Watch all cores that this process may use, which takes a hundredth of each."""
+    pace, probes = Pace(), [_probe(core) for core in sorted(os.sched_getaffinity(0))]
+    try:
+        yield pace
+    finally:
+        found_us = [float(probe.communicate()[0]) for probe in probes]
+    pace.work_us = sum(found_us) / len(found_us)
+
+
+def _probe(core: int) -> subprocess.Popen[str]:
+    """It ends with its input, so that none outlives whoever asked for it."""
+    command = [sys.executable, "-I", str(_PROBE), str(core)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
