@@ -26,6 +26,7 @@ from besteffort.policies import RoundRobin, Static
 from besteffort.router import Dispatcher, Limits
 from besteffort.router.exchange import Exchange
 from besteffort.router.loads import Standing
+from besteffort.router.message import AnswerHead
 from besteffort.router.outbox import Outbox
 from besteffort.router.upstream import Call, Fault, Upstream
 from besteffort.router.watch import Watch
@@ -351,6 +352,10 @@ class Heard:
 
     def on_end(self) -> None:
         self.ended = True
+
+    def on_answer(self, head: AnswerHead, body: bytes) -> None:
+        self.on_body(body)
+        self.on_end()
 
     def on_fault(self, fault: Fault) -> None:
         raise fault

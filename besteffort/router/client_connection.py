@@ -100,8 +100,12 @@ class ClientConnection(asyncio.Protocol):
             if len(self._unread) > _MAX_UNREAD:
                 self._transport.pause_reading()
             return
-        self._read(data)
-        self._work()
+        request = self._reader.known(data)
+        if request is not None:  # then that is all that there is to do
+            self._start(request, None)
+        else:
+            self._read(data)
+            self._work()
 
     def eof_received(self) -> bool:
         self._house.outbox.flush()  # it may have asked all that it wants, and is answered
@@ -279,6 +283,16 @@ class ClientConnection(asyncio.Protocol):
         self._out += self._whole(reply, request)
         self._size += len(reply.body)
         self.flush()
+        self._finish()
+
+    def answer(self, status: int, headers: Sequence[bytes], body: bytes) -> None:
+        request = self._request
+        assert request is not None, "an answer has a request"
+        if self._house.draining:
+            request.keep_alive = False
+        length = b"content-length: %d\r\n\r\n" % len(body)
+        out = [status_line(status), *headers, _connection_line(request), length, body]
+        self._house.outbox.send(self._transport, out, len(body))
         self._finish()
 
     def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -123,16 +124,19 @@ class Exchange:
         status = head.status
         if status >= 500 and self._is_given_to_another(status):
             return
-        self._status = status
+        self._read_head(head)
+        self._length = length
+        # vLLM sends the head of a stream when it has taken the request, and then lets it wait.
+        if not self._streams or status >= 400:
+            self._begin(status)
+
+    def _read_head(self, head: AnswerHead) -> None:
+        self._status = head.status
         passed: _PassedOut | None = head.notes.get(_NOTE)
         if passed is None:
             passed = head.notes[_NOTE] = _passed_out(head)
         self._streams = passed.streams
         self._head = passed.lines if passed.is_dated else passed.lines + date_line()
-        self._length = length
-        # vLLM sends the head of a stream when it has taken the request, and then lets it wait.
-        if not passed.streams or status >= 400:
-            self._begin(status)
 
     def on_body(self, data: bytes) -> None:
         if not self._begun:
@@ -180,6 +184,18 @@ class Exchange:
             self._end("failed")
         self._is_over = True
         self._responder.end()
+
+    def on_answer(self, head: AnswerHead, body: bytes) -> None:
+        self._read_head(head)
+        lines = self._accept(head.status)
+        if self._tokens is not None:
+            self._tokens.feed(body)
+        if self._entry is not None:
+            self._entry.prompt.feed(body)
+        self._last_byte_at = self._proxy.dispatcher.clock()
+        self._end("ok")
+        self._is_over = True
+        self._responder.answer(head.status, lines, body)
 
     def on_fault(self, fault: Fault) -> None:
         status, code = (504, "engine_timeout") if fault.hangs else (502, "engine_failed")
@@ -251,6 +267,11 @@ class Exchange:
 
     def _begin(self, status: int) -> None:
         """Pass on the head, now that it is this engine's answer; `status` is what that amounts to."""
+        lines = self._accept(status)
+        self._responder.begin(self._status, lines, self._length)
+
+    def _accept(self, status: int) -> Sequence[bytes]:
+        """Note that it is this engine's answer. Returns the lines of its head as the client gets them."""
         proxy, route, asked = self._proxy, self._route, self._asked
         if self._streams:  # of a plain answer only the end matters
             self._first_byte_at = self._last_byte_at = proxy.dispatcher.clock()
@@ -268,8 +289,7 @@ class Exchange:
         asked.body.let_go()
         receipt = proxy.receipts.lines(route, asked.deadline_ms_per_token)
         self._begun = True
-        lines = self._head, receipt, b"x-request-id: ", asked.request_id, b"\r\n"
-        self._responder.begin(self._status, lines, self._length)
+        return self._head, receipt, b"x-request-id: ", asked.request_id, b"\r\n"
 
     def _is_given_to_another(self, status: int) -> bool:
         """Whether another replica is asked, since it may have a better answer than this one's 5xx."""
@@ -402,7 +422,7 @@ class _PassedOut:
 
 
 def _passed_out(head: AnswerHead) -> _PassedOut:
-    dropped, lines, streams, is_dated = _NOT_PASSED_OUT, [], False, False
+    dropped, lines, is_dated = _NOT_PASSED_OUT, [], False
     for name, value in head.headers:
         if name == b"connection":
             dropped = dropped.union(word.strip().lower() for word in value.split(b","))
@@ -410,8 +430,6 @@ def _passed_out(head: AnswerHead) -> _PassedOut:
         if name in dropped:
             continue
         lines.append(b"%b: %b\r\n" % (name, value))
-        if name == b"content-type":
-            streams = value.startswith(b"text/event-stream")
-        elif name == b"date":
+        if name == b"date":
             is_dated = True
-    return _PassedOut(b"".join(lines), streams, is_dated)
+    return _PassedOut(b"".join(lines), head.is_stream, is_dated)

@@ -26,13 +26,14 @@ class KnownHead:
     it said of the first message it would say of this one.
     """
 
-    __slots__ = ("_begin", "_last", "_num_after", "_stating")
+    __slots__ = ("_begin", "_last", "_num_after", "_num_head", "_stating")
 
     def __init__(self, before: bytes, after: bytes) -> None:
         self._stating = before.replace(b"%", b"%%") + b"%d" + after.replace(b"%", b"%%")
         self._begin = len(before)  # of the digits
         self._last = self._begin + _MAX_DIGITS + 1
         self._num_after = len(after)
+        self._num_head = 0  # bytes, of the last one
 
     @classmethod
     def of(cls, message: bytes, max_head: int) -> Self | None:
@@ -47,7 +48,11 @@ class KnownHead:
 
     def body_in(self, message: bytes) -> bytes | None:
         """None where these bytes are not this head and a body of the length that it states, or are more."""
-        num_head = message.find(b"\r", self._begin, self._last) + self._num_after
-        if message.startswith(self._stating % (len(message) - num_head)):
-            return message[num_head:]
-        return None
+        num_head = self._num_head  # most lengths have as many digits as the last one
+        num_body = len(message) - num_head
+        if num_body < 0 or message[:num_head] != self._stating % num_body:
+            num_head = message.find(b"\r", self._begin, self._last) + self._num_after
+            if not message.startswith(self._stating % (len(message) - num_head)):
+                return None
+            self._num_head = num_head
+        return message[num_head:]

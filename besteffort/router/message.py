@@ -40,6 +40,16 @@ class AnswerHead(msgspec.Struct):
     headers: list[Header]
     notes: dict[str, Any] = msgspec.field(default_factory=dict)
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is one of server-sent events."""
+        types = [value for name, value in self.headers if name == b"content-type"]
+        return bool(types) and types[-1].startswith(b"text/event-stream")
+
+    @property
+    def is_plain_success(self) -> bool:
+        return self.status < 400 and not self.is_stream
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -64,9 +74,13 @@ class Refusal(Exception):  # noqa: N818 -- not a fault of ours
 
 
 class Responder(Protocol):
-    """Where the answer to one request goes: `reply`, or `begin`, then `write` and `flush`, then `end`."""
+    """Where the answer to one request goes: `reply`, or `answer`, or `begin`, then `write` and `flush`, then
+    `end`."""
 
     def reply(self, reply: Reply) -> None: ...
+
+    def answer(self, status: int, headers: Sequence[bytes], body: bytes) -> None:
+        """Write all of it, as `begin`, `write` and `end` would. Its `status` is one of those with a body."""
 
     def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:
         """Write the head. `headers` are whole lines, in any pieces. Without a `length` the body ends when it

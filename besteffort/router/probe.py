@@ -60,6 +60,10 @@ class Probe:
         self._timer.cancel()
         self._hear(Standing.UP if self._status < 500 else Standing.UNWELL)
 
+    def on_answer(self, head: AnswerHead, body: bytes) -> None:
+        self._status = head.status
+        self.on_end()
+
     def on_crash(self) -> None:
         self._timer.cancel()
         self._hear(Standing.UNWELL)

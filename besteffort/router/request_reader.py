@@ -44,8 +44,8 @@ class RequestReader:
         self._parser = httptools.HttpRequestParser(self)
         self._silent = 0  # bytes that have brought nothing yet: of a head, a chunk's size, a trailer
         self.in_message = False
-        self._known: KnownHead | None = None  # and the request that began with it
-        self._first: Request
+        self._known: KnownHead | None = None
+        self._first: Request  # with that head; it was not refused for it
         self._num_missed = 0  # heads in a row that were not known
         self._last: Request | None = None  # of those that were not refused
         self._clear()
@@ -60,6 +60,21 @@ class RequestReader:
         self._request: Request | None = None
         self._refusal: Reply | None = None
 
+    def known(self, data: bytes) -> Request | None:
+        """The request that is whole in these bytes, and whose head came before; its owner is told nothing.
+
+        None where it is anything else, or goes over a limit: it is to be fed.
+        """
+        if self._known is None or self.in_message or (body := self._known.body_in(data)) is None:
+            return None
+        budget, num_held = self._budget, self._budget.held + len(body)
+        if len(body) > self._limits.max_body or num_held > budget.limit:
+            return None
+        budget.held = num_held
+        self._silent = self._num_missed = 0
+        first = self._first
+        return Request(first.method, first.target, first.headers, first.http_1_1, True, body, first.notes)
+
     def feed(self, data: bytes) -> None:
         """Take what has come.
 
@@ -68,15 +83,13 @@ class RequestReader:
         """
         if self.in_message:
             self._parse(data)
-        elif self._known is None or (body := self._known.body_in(data)) is None:
-            last = self._last
-            self._parse(data)
-            if self._last is not None and self._last is not last and not self.in_message:
-                self._num_missed += 1
-                if is_to_be_kept(self._num_missed):
-                    self._remember(self._last, data)
-        else:
-            self._take_again(self._first, body)
+            return
+        last = self._last
+        self._parse(data)
+        if self._last is not None and self._last is not last and not self.in_message:
+            self._num_missed += 1
+            if is_to_be_kept(self._num_missed):
+                self._remember(self._last, data)
 
     def _remember(self, request: Request, message: bytes) -> None:
         """Where all of these bytes are that request's, one with the same head need not be parsed."""
@@ -84,14 +97,6 @@ class RequestReader:
             self._known = KnownHead.of(message, self._limits.max_head)
             request.headers.pop(b"content-length", None)  # which is another one's too from now on
             self._first = request
-
-    def _take_again(self, first: Request, body: bytes) -> None:
-        """A request with the same head as one that was not refused for it."""
-        request = Request(first.method, first.target, first.headers, first.http_1_1, True, body, first.notes)
-        self._silent = self._num_missed = 0
-        self._count(len(body))
-        self._num_body = 0  # from here on it is the request's
-        self._owner.request_ended(request, None)
 
     def _parse(self, data: bytes) -> None:
         self._silent += len(data)
@@ -168,22 +173,18 @@ class RequestReader:
         self._silent = 0
         if self._refusal is not None:
             return
-        self._count(len(part))
+        self._num_body += len(part)
+        self._budget.held += len(part)
+        if self._num_body > self._limits.max_body:
+            raise _refusal(413, f"The body is longer than {self._limits.max_body} bytes", "body_too_large")
+        if self._budget.held > self._budget.limit:
+            raise Refusal(error_reply(429, "Too many large requests at once", "overloaded", retry_after_s=1))
         if not self._body:
             self._body = part
         elif isinstance(self._body, bytearray):
             self._body += part
         else:
             self._body = bytearray(self._body + part)
-
-    def _count(self, num_bytes: int) -> None:
-        """Of a body."""
-        self._num_body += num_bytes
-        self._budget.held += num_bytes
-        if self._num_body > self._limits.max_body:
-            raise _refusal(413, f"The body is longer than {self._limits.max_body} bytes", "body_too_large")
-        if self._budget.held > self._budget.limit:
-            raise Refusal(error_reply(429, "Too many large requests at once", "overloaded", retry_after_s=1))
 
     def on_message_complete(self) -> None:
         request = self._request

@@ -28,9 +28,9 @@ class ResponseReader:
         self._max_head = max_head
         self._taker: Taker | None = None
         self._parser = httptools.HttpResponseParser(self)
-        self._known: KnownHead | None = None  # and the answer that began with it
+        self._known: KnownHead | None = None
+        self.known_head: AnswerHead
         self._head: AnswerHead  # the last one that was parsed
-        self._first: AnswerHead
         self._num_missed = 0  # heads in a row that were not known
         self.complete = self.reusable = self.has_begun = True
         self._untouched = False
@@ -59,38 +59,35 @@ class ResponseReader:
         """A body without a length, which the end of the connection ends."""
         return self._has_head and self._length is None and not self._chunked and not self._bodiless
 
+    def known_body(self, data: bytes) -> bytes | None:
+        """Of an answer that is whole in these bytes and has `known_head`: its taker is told nothing.
+
+        None where it is anything else, which is to be fed.
+        """
+        if self._known is None or not self._untouched:
+            return None
+        body = self._known.body_in(data)
+        if body is not None:
+            self._num_missed = 0
+            self._untouched = False
+            self.complete = self.reusable = True
+        return body
+
     def feed(self, data: bytes) -> None:
         """Raises BadResponseError."""
         if not self._untouched:
             self._parse(data)
             return
         self._untouched = False
-        if self._known is None or (body := self._known.body_in(data)) is None:
-            self._clear()
-            self._parse(data)
-            if self.complete and self.reusable and not self._bodiless:
-                self._num_missed += 1
-                if is_to_be_kept(self._num_missed):
-                    self._remember(data)
-        else:
-            self._take_again(self._first, body)
-
-    def _remember(self, answer: bytes) -> None:
-        """Where all of these bytes are that answer's, one with the same head need not be parsed."""
-        self._known = KnownHead.of(answer, self._max_head)
-        self._first = self._head
-
-    def _take_again(self, first: AnswerHead, body: bytes) -> None:
-        """An answer with the same head."""
-        self._num_missed = 0
-        taker = self._taker
-        assert taker is not None, "an answer is somebody's"
-        taker.on_head(first, len(body))
-        if body:
-            self.has_begun = True
-            if self._taker is not None:  # else the head was enough to leave it
-                self._taker.on_body(body)
-        self.complete = self.reusable = True
+        self._clear()
+        self._parse(data)
+        # Of others more than the bytes is looked at, and they are few.
+        if self.complete and self.reusable and not self._bodiless and self._head.is_plain_success:
+            self._num_missed += 1
+            if is_to_be_kept(self._num_missed):
+                # Where all of these bytes are that answer's, one with the same head need not be parsed.
+                self._known = KnownHead.of(data, self._max_head)
+                self.known_head = self._head
 
     def _parse(self, data: bytes) -> None:
         self._silent += len(data)

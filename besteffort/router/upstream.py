@@ -49,7 +49,7 @@ class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
 
 class Sink(Protocol):
     """Where an engine's answer goes: `on_head`, then `on_body`, with `on_batch` after each read; then one of
-    `on_end` and `on_fault`, which may come at any time.
+    `on_end` and `on_fault`, which may come at any time. Or all at once to `on_answer`.
 
     Where one of these raises, that is logged, the call is cancelled, and `on_crash` is the last that comes.
     """
@@ -61,6 +61,9 @@ class Sink(Protocol):
     def on_batch(self) -> None: ...
 
     def on_end(self) -> None: ...
+
+    def on_answer(self, head: AnswerHead, body: bytes) -> None:
+        """Take a whole answer, whose head is a plain success."""
 
     def on_fault(self, fault: Fault) -> None: ...
 
@@ -158,6 +161,12 @@ class Call(msgspec.Struct):
         self.paused = False
         if self.connection is not None:
             self.connection.resume()
+
+    def end(self) -> None:
+        try:
+            self.sink.on_end()
+        except Exception:
+            self.crash()
 
     def fail(self, fault: Fault) -> None:
         try:
@@ -267,11 +276,17 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._unanswered = False
         try:
+            body = self._reader.known_body(data)
+            if body is not None:
+                self._let_go(call)
+                call.sink.on_answer(self._reader.known_head, body)
+                return
             self._reader.feed(data)
             if self._call is not call:  # cancelled meanwhile
                 return
             if self._reader.complete:
-                self._end(call)
+                self._let_go(call)
+                call.end()
                 return
             call.sink.on_batch()
             if not call.paused:
@@ -298,7 +313,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._call = call.connection = None
             call.connect()
         elif error is None and self._reader.ends_with_connection:
-            self._end(call)
+            self._let_go(call)
+            call.end()
         else:
             self._fail("broke_off", "the connection broke off")
 
@@ -321,7 +337,8 @@ class UpstreamConnection(asyncio.Protocol):
         due_at, total_due_at = self._upstream.loop.time() + wait_s, call.total_due_at
         self.due_at = due_at if due_at < total_due_at else total_due_at  # quicker than `min`
 
-    def _end(self, call: Call) -> None:
+    def _let_go(self, call: Call) -> None:
+        """Be there for the next one: the answer is whole."""
         upstream, reader = self._upstream, self._reader
         self._call = call.connection = None
         if self.is_open and reader.reusable and len(upstream.idle) < upstream.limits.max_idle:
@@ -332,10 +349,6 @@ class UpstreamConnection(asyncio.Protocol):
             upstream.idle.append(self)
         else:
             self.close()
-        try:
-            call.sink.on_end()
-        except Exception:
-            call.crash()
 
     def _fail(self, kind: str, message: str) -> None:
         call = self._call
