@@ -429,9 +429,9 @@ class Played:
             self.give_up = callback
         return self
 
-    def send(self, request: Callable[[Any], list[bytes]], sink: Any) -> "Played":
+    def send(self, sink: Any) -> "Played":
         self.sink = sink
-        self.asked.append(request(self)[0].split()[1].decode())
+        self.asked.append(sink.request(self)[0].split()[1].decode())
         return self
 
     def says(self, status: int) -> None:

@@ -268,10 +268,9 @@ def test_an_answer_that_is_late_is_worth_what_its_deadline_leaves_of_it(
     metrics = Metrics(dispatcher, cast(Health, None))  # which is asked for its breakers alone
     with dispatcher.route(0) as route:
         for latency in (40.0, 42.0, 44.0):  # 2 ms late, and so late that nothing is left
-            metrics.ended(route, "ok")
-            metrics.answered(route, latency, 40.0)
-        metrics.ended(route, "failed")
-        metrics.ended(route, "cancelled")
+            metrics.ended(route, "ok", latency, 40.0)
+        metrics.ended(route, "failed", None, 40.0)
+        metrics.ended(route, "cancelled", None, 40.0)
     families = {family.name: family for family in metrics.collect_utilities()}
     assert families["besteffort_utility"].samples[0].value == pytest.approx(worth)
     assert families["besteffort_utility_peak"].samples[0].value == 4.0

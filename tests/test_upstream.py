@@ -338,8 +338,12 @@ def test_an_engine_that_closes_its_side_in_the_middle_of_an_answer_has_failed(fl
 class Heard:
     """What a call brought."""
 
+    num_asked: int | None = None  # zeros; None: a request as any other
     body: bytes = b""
     ended: bool = False
+
+    def request(self, upstream: Upstream) -> list[bytes]:
+        return [_REQUEST if self.num_asked is None else bytes(self.num_asked)]
 
     def on_head(self, *_: object) -> None:
         pass
@@ -401,7 +405,7 @@ def test_a_pause_that_comes_before_the_connection_is_there_holds() -> None:
             for _ in range(2):  # the second time on a connection that is there
                 heard = Heard()
                 sent.clear()
-                call = upstream.send(lambda upstream: [_REQUEST], heard)
+                call = upstream.send(heard)
                 with ending(call):
                     call.pause()
                     await until(sent.is_set)
@@ -466,8 +470,8 @@ def test_a_request_that_waits_for_its_answer_is_not_kept_a_second_time() -> None
         with contextlib.ExitStack() as stack:
             upstream = stack.enter_context(upstream_of(f"http://127.0.0.1:{listener.getsockname()[1]}"))
             for number in range(1, 4):  # on a new connection, on the same once more, on a new one
-                heard = Heard()
-                stack.callback(upstream.send(lambda upstream: [bytes(size)], heard).cancel)
+                heard = Heard(num_asked=size)
+                stack.callback(upstream.send(heard).cancel)
                 await until(lambda: len(received) == number)  # noqa: B023
                 await until(lambda: heard.ended or number > 1)  # noqa: B023
                 assert tracemalloc.get_traced_memory()[0] < 1_000_000

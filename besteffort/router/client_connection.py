@@ -285,17 +285,17 @@ class ClientConnection(asyncio.Protocol):
         self.flush()
         self._finish()
 
-    def answer(self, status: int, headers: Sequence[bytes], body: bytes) -> None:
+    def answer(self, head: Sequence[bytes], body: bytes) -> None:
         request = self._request
         assert request is not None, "an answer has a request"
         if self._house.draining:
             request.keep_alive = False
         length = b"content-length: %d\r\n\r\n" % len(body)
-        out = [status_line(status), *headers, _connection_line(request), length, body]
+        out = [*head, _connection_line(request), length, body]
         self._house.outbox.send(self._transport, out, len(body))
         self._finish()
 
-    def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:
+    def begin(self, status: int, head: Sequence[bytes], length: int | None) -> None:
         request = self._request
         assert request is not None, "an answer has a request"
         if self._house.draining:
@@ -313,7 +313,7 @@ class ClientConnection(asyncio.Protocol):
         else:
             request.keep_alive = False  # the end of the connection is the end of the body
             ends = b"\r\n"
-        self._out = [status_line(status), *headers, _connection_line(request), ends]
+        self._out = [*head, _connection_line(request), ends]
 
     def write(self, data: bytes) -> None:
         if self._bodiless:

@@ -23,7 +23,7 @@ class DecisionRows:
 
     def __init__(self, num_models: int, epoch_s: float) -> None:
         self._epoch_s = epoch_s  # when the dispatcher's clock was 0
-        self._numbers: dict[str | None, int] = {None: 0}  # names that come again and again, in order
+        self._numbers = _Numbers({None: 0})  # of names that come again and again
         fields = _fields(num_models)
         self._dtype = np.dtype([field for _, field in fields])
         # Native, since that is faster; the fields' order leaves no gaps.
@@ -77,9 +77,9 @@ class DecisionRows:
             chosen,
             num_retries,
             status,
-            self._number(policy),
-            self._number(outcome),
-            self._number(error),
+            self._numbers[policy],
+            self._numbers[outcome],
+            self._numbers[error],
             prompt_estimated,
             neighbours != b"",
             q_values != b"",
@@ -109,8 +109,13 @@ class DecisionRows:
         pairs = zip(columns, RECORDED, strict=True)
         return pa.table([_array(*pair) for pair in pairs], schema=RECORDED)
 
-    def _number(self, name: str | None) -> int:
-        return self._numbers.setdefault(name, len(self._numbers))
+
+class _Numbers(dict[str | None, int]):
+    """Names in the order in which they were asked for, and the place of each."""
+
+    def __missing__(self, name: str | None) -> int:
+        self[name] = len(self)
+        return self[name]
 
 
 def _fields(num_models: int) -> list[tuple[str, tuple[Any, ...]]]:

@@ -211,7 +211,7 @@ class Dispatcher:
         predicted = None
         if self.forecast is not None:
             predicted = self.forecast.latency_ms_per_token(
-                task, model, loads.in_flight[model][replica], loads.on_device(replica)
+                task, model, loads.in_flight[model][replica], loads.on_device[replica]
             )
         policy = "pinned" if pinned else self.policy.name
         return Route(task, model, replica, engine, arrived_at, decision_s, pinned, policy, predicted)

@@ -12,7 +12,7 @@ from besteffort.router.decision_log import DecisionLog, Entry
 from besteffort.router.dispatcher import Dispatcher, NoReplicaError, Route
 from besteffort.router.health import Health
 from besteffort.router.loads import Standing
-from besteffort.router.message import AnswerHead, Request, Responder, date_line
+from besteffort.router.message import AnswerHead, Request, Responder, date_line, status_line
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_event, error_reply
 from besteffort.router.receipt import Outcome, Receipts, StreamEnd
@@ -67,7 +67,7 @@ class Exchange:
         self._route: Route
         self._entry: Entry | None = None  # if there is a log
         self._call: Call | None = None
-        self._head: bytes  # its lines
+        self._head: bytes  # the lines of the engine's, from that of the status on
         self._length: int | None = None  # of the body
         self._tokens: TokenCount | None = None
         self._stream_end: StreamEnd | None = None  # where a receipt that was asked for is still to come
@@ -97,7 +97,7 @@ class Exchange:
 
     def _send(self) -> None:
         due_at = None if self._call is None else self._call.total_due_at  # all tries together have that long
-        self._call = self._proxy.upstream_of(self._route).send(self._rewritten, self, due_at)
+        self._call = self._proxy.upstream_of(self._route).send(self, due_at)
         if self._paused:
             self._call.pause()
 
@@ -118,7 +118,17 @@ class Exchange:
         if self._call is not None:
             self._call.resume()
 
-    # What the engine's connection says: see `Sink`.
+    # What the engine's connection asks and says: see `Sink`.
+
+    def request(self, upstream: Upstream) -> Sequence[bytes]:
+        """As the engine gets it: of the client's headers only those that it may set."""
+        proxy, request, asked = self._proxy, self._request, self._asked
+        body = asked.body.for_engine(self._route.engine.served_name)
+        passed: bytes | None = request.notes.get(_PASSED_IN)
+        if passed is None:
+            passed = request.notes[_PASSED_IN] = proxy.passed_in(request.headers)
+        lines = upstream.post_lines(request.target)
+        return [lines, asked.request_id, b"\r\ncontent-length: %d\r\n" % len(body), passed, b"\r\n", body]
 
     def on_head(self, head: AnswerHead, length: int | None) -> None:
         status = head.status
@@ -187,7 +197,7 @@ class Exchange:
 
     def on_answer(self, head: AnswerHead, body: bytes) -> None:
         self._read_head(head)
-        lines = self._accept(head.status)
+        lines = self._accept(self._status)
         if self._tokens is not None:
             self._tokens.feed(body)
         if self._entry is not None:
@@ -195,7 +205,7 @@ class Exchange:
         self._last_byte_at = self._proxy.dispatcher.clock()
         self._end("ok")
         self._is_over = True
-        self._responder.answer(head.status, lines, body)
+        self._responder.answer(lines, body)
 
     def on_fault(self, fault: Fault) -> None:
         status, code = (504, "engine_timeout") if fault.hangs else (502, "engine_failed")
@@ -271,7 +281,7 @@ class Exchange:
         self._responder.begin(self._status, lines, self._length)
 
     def _accept(self, status: int) -> Sequence[bytes]:
-        """Note that it is this engine's answer. Returns the lines of its head as the client gets them."""
+        """Note that it is this engine's answer. Returns its head as the client gets it."""
         proxy, route, asked = self._proxy, self._route, self._asked
         if self._streams:  # of a plain answer only the end matters
             self._first_byte_at = self._last_byte_at = proxy.dispatcher.clock()
@@ -331,16 +341,13 @@ class Exchange:
         proxy, route = self._proxy, self._route
         proxy.num_in_flight -= 1
         proxy.dispatcher.end(route)
-        metrics = proxy.metrics
-        metrics.ended(route, outcome)
         latency = None
         if outcome == "ok":
             proxy.turnover.ended(self._last_byte_at - route.arrived_at)
             latency = self._latency_ms_per_token()
-        if latency is not None:
-            metrics.answered(route, latency, self._asked.deadline_ms_per_token)
-            if self._streams:
-                metrics.began(route, self._first_byte_at)
+        proxy.metrics.ended(route, outcome, latency, self._asked.deadline_ms_per_token)
+        if latency is not None and self._streams:
+            proxy.metrics.began(route, self._first_byte_at)
         if self._entry is not None:
             self._log(self._entry, outcome, latency)
 
@@ -394,16 +401,6 @@ class Exchange:
             deadline_ms_per_token=self._asked.deadline_ms_per_token,
         )
 
-    def _rewritten(self, upstream: Upstream) -> list[bytes]:
-        """The request as the engine gets it: of the client's headers only those that it may set."""
-        proxy, request, asked = self._proxy, self._request, self._asked
-        body = asked.body.for_engine(self._route.engine.served_name)
-        passed: bytes | None = request.notes.get(_PASSED_IN)
-        if passed is None:
-            passed = request.notes[_PASSED_IN] = proxy.passed_in(request.headers)
-        lines = upstream.post_lines(request.target)
-        return [lines, asked.request_id, b"\r\ncontent-length: %d\r\n" % len(body), passed, b"\r\n", body]
-
 
 def _may_become_an_error(begun: bytes) -> bool:
     """Whether a stream's first bytes are only the beginning of an event that says that its engine failed."""
@@ -422,7 +419,7 @@ class _PassedOut:
 
 
 def _passed_out(head: AnswerHead) -> _PassedOut:
-    dropped, lines, is_dated = _NOT_PASSED_OUT, [], False
+    dropped, lines, is_dated = _NOT_PASSED_OUT, [status_line(head.status)], False
     for name, value in head.headers:
         if name == b"connection":
             dropped = dropped.union(word.strip().lower() for word in value.split(b","))

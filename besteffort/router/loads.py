@@ -38,12 +38,13 @@ class Loads:
         self._orders = [_few_or_many(number) for number in num_replicas]
         self.least = [0] * len(num_replicas)
         """Of each model's replicas that stand best the one with the smallest count, of equals the first"""
-        self._num_devices = num_devices
-        # Then by model; as floats, which are packed in half the time.
-        self._on_device = [[0.0] * len(num_replicas) for _ in range(num_devices)]
+        # By model; as floats, which are packed in half the time.
+        on_devices = [[0.0] * len(num_replicas) for _ in range(num_devices)]
+        self.on_device = [on_devices[replica % num_devices] for replica in range(max(num_replicas))]
+        """By replica: requests in flight by model, on its device; to be read only"""
         # A device may hold several replicas of one model.
         self._is_crowded = max(num_replicas) > num_devices
-        self._around = [self._on_device[0]] * len(num_replicas)  # by model: what is on the device of `least`
+        self._around = [self.on_device[0]] * len(num_replicas)  # by model: what is on the device of `least`
         shape = 1 + len(num_replicas), len(num_replicas)
         self._packed = bytearray(8 * shape[0] * shape[1])  # what a policy sees, as doubles
         self._pack_into = struct.Struct(f"{shape[0] * shape[1]}d").pack_into
@@ -55,7 +56,7 @@ class Loads:
         counts = self.in_flight[model]
         count = counts[replica] = counts[replica] + change
         total = self.totals[model] = self.totals[model] + change
-        self._on_device[replica % self._num_devices][model] += change
+        self.on_device[replica][model] += change
         if self._num_worse:
             if self._standings[model][replica] == _UP:
                 self._totals_up[model] += change
@@ -90,7 +91,7 @@ class Loads:
 
     def _put_first(self, model: int, replica: int) -> None:
         self.least[model] = replica
-        self._around[model] = self._on_device[replica % self._num_devices]
+        self._around[model] = self.on_device[replica]
 
     def standing(self, model: int, replica: int) -> Standing:
         return Standing(self._standings[model][replica])
@@ -114,10 +115,6 @@ class Loads:
         for model, replica in enumerate(self.least):
             around[model][model] = self.in_flight[model][replica]
         return around
-
-    def on_device(self, replica: int) -> list[float]:
-        """Requests in flight by model, on the device of this replica; to be read only."""
-        return self._on_device[replica % self._num_devices]
 
 
 class _Few:

@@ -79,12 +79,12 @@ class Responder(Protocol):
 
     def reply(self, reply: Reply) -> None: ...
 
-    def answer(self, status: int, headers: Sequence[bytes], body: bytes) -> None:
-        """Write all of it, as `begin`, `write` and `end` would. Its `status` is one of those with a body."""
+    def answer(self, head: Sequence[bytes], body: bytes) -> None:
+        """Write all of it, as `begin`, `write` and `end` would. The status is one of those with a body."""
 
-    def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:
-        """Write the head. `headers` are whole lines, in any pieces. Without a `length` the body ends when it
-        ends."""
+    def begin(self, status: int, head: Sequence[bytes], length: int | None) -> None:
+        """Write the head: whole lines, in any pieces, from that of the status on. Without a `length` the body
+        ends when it ends."""
 
     def write(self, data: bytes) -> None:
         """Put bytes of the body behind those that wait for `flush`."""

@@ -53,10 +53,28 @@ class Metrics(Collector):
         """Show these figures too."""
         self._registry.register(others)
 
-    def ended(self, route: Route, outcome: str) -> None:
-        self._cells[route.task][route.model].outcomes[outcome] += 1
+    def ended(
+        self, route: Route, outcome: str, latency_ms_per_token: float | None, deadline_ms_per_token: float
+    ) -> None:
+        """Without a latency there was no answer, or none with a token count."""
+        cell = self._cells[route.task][route.model]
+        cell.outcomes[outcome] += 1
         if not route.pinned:  # else there was nothing to decide
             self._decision.observe(route.decision_s)
+        if latency_ms_per_token is None:
+            return
+        cell.latency.observe(latency_ms_per_token)
+        if latency_ms_per_token <= deadline_ms_per_token:
+            cell.num_met += 1
+        else:
+            self._note_late(cell, latency_ms_per_token, deadline_ms_per_token)
+
+    def _note_late(self, cell: _Cell, latency_ms_per_token: float, deadline_ms_per_token: float) -> None:
+        cell.num_late += 1
+        kind = self._dispatcher.fleet.deadline_kind
+        if kind == "soft":
+            weight = deadline_weight(latency_ms_per_token, deadline_ms_per_token, kind)
+            cell.late_weight += float(weight)
 
     def retried(self, failed: Route) -> None:
         self._retries[failed.task, failed.model, str(failed.replica)] += 1
@@ -79,19 +97,6 @@ class Metrics(Collector):
     def began(self, route: Route, first_byte_at: float) -> None:
         """A stream; of a plain answer the first byte says nothing about the first token."""
         self._cells[route.task][route.model].ttft.observe(1000.0 * (first_byte_at - route.arrived_at))
-
-    def answered(self, route: Route, latency_ms_per_token: float, deadline_ms_per_token: float) -> None:
-        """An answer with a token count."""
-        cell = self._cells[route.task][route.model]
-        cell.latency.observe(latency_ms_per_token)
-        if latency_ms_per_token <= deadline_ms_per_token:
-            cell.num_met += 1
-            return
-        cell.num_late += 1
-        kind = self._dispatcher.fleet.deadline_kind
-        if kind == "soft":
-            weight = deadline_weight(latency_ms_per_token, deadline_ms_per_token, kind)
-            cell.late_weight += float(weight)
 
     def render(self) -> bytes:
         """The text exposition format."""

@@ -1,7 +1,7 @@
 """A question of our own to an engine: is it well, and does it answer?"""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from besteffort.router.loads import Standing
 from besteffort.router.message import AnswerHead
@@ -34,7 +34,8 @@ class Probe:
     ) -> None:
         self._hear = hear
         self._status = 0
-        self._call = upstream.send(lambda upstream: [question], self)
+        self._question = question
+        self._call = upstream.send(self)
         self._timer = upstream.loop.call_later(wait_s, self._give_up)
 
     def cancel(self) -> None:
@@ -45,7 +46,10 @@ class Probe:
         self._call.cancel()
         self._hear(Standing.OUT)
 
-    # What the engine's connection says: see `Sink`.
+    # What the engine's connection asks and says: see `Sink`.
+
+    def request(self, upstream: Upstream) -> Sequence[bytes]:
+        return [self._question]
 
     def on_head(self, head: AnswerHead, length: int | None) -> None:
         self._status = head.status

@@ -20,7 +20,7 @@ class PromptCount(msgspec.Struct):
     def feed(self, data: bytes) -> None:
         if self._tail:
             data = self._tail + data
-        if data.find(_KEY) >= 0 and (found := _USAGE.findall(data)):
+        if (at := data.find(_KEY)) >= 0 and (found := _USAGE.findall(data, at)):
             self.stated = int(found[-1])
         self._tail = data[-_OVERLAP:]
 

@@ -7,7 +7,7 @@ import logging
 import math
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
@@ -25,8 +25,6 @@ _TIMEOUTS = frozenset(("connect_timeout", "first_byte_timeout", "total_timeout",
 # What this machine or this process has too few of, whatever the engine is like.
 _LACKS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL))
 _COMPLAIN_EVERY_S = 60.0
-
-Write = Callable[["Upstream"], Sequence[bytes]]  # of a request's bytes; the last ones may be many
 
 
 class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
@@ -48,11 +46,14 @@ class Fault(Exception):  # noqa: N818 -- of an engine's, not of ours
 
 
 class Sink(Protocol):
-    """Where an engine's answer goes: `on_head`, then `on_body`, with `on_batch` after each read; then one of
-    `on_end` and `on_fault`, which may come at any time. Or all at once to `on_answer`.
+    """Who asks an engine something. The answer goes to `on_head`, then `on_body`, with `on_batch` after each
+    read; then to one of `on_end` and `on_fault`, which may come at any time. Or all at once to `on_answer`.
 
     Where one of these raises, that is logged, the call is cancelled, and `on_crash` is the last that comes.
     """
+
+    def request(self, upstream: "Upstream") -> Sequence[bytes]:
+        """All bytes of the request; the last ones may be many."""
 
     def on_head(self, head: AnswerHead, length: int | None) -> None: ...
 
@@ -91,8 +92,8 @@ class Upstream:
         self._post_lines: dict[bytes, bytes] = {}  # by path, of which there are few
         self._complains_at = -math.inf
 
-    def send(self, write: Write, sink: Sink, total_due_at: float | None = None) -> "Call":
-        """Send the bytes of a request; the answer goes to `sink`, never before this returns.
+    def send(self, sink: Sink, total_due_at: float | None = None) -> "Call":
+        """Send the request of `sink`; the answer goes there, never before this returns.
 
         They are asked for when they go out, which may be twice, and are not kept: what waits for its answer
         would be in memory a second time. `total_due_at`, by the event loop's clock, is given for a request
@@ -100,7 +101,7 @@ class Upstream:
         """
         if total_due_at is None:
             total_due_at = self.loop.time() + self.limits.total_s
-        call = Call(self, write, sink, total_due_at)
+        call = Call(self, sink, total_due_at)
         while self.idle:
             connection = self.idle.pop()
             if connection.is_open:
@@ -135,7 +136,6 @@ class Call(msgspec.Struct):
     """One request at an engine, until its answer is whole, or it failed, or nobody wants it any more."""
 
     _upstream: Upstream
-    write: Write
     sink: Sink
     total_due_at: float
     connection: "UpstreamConnection | None" = None
@@ -233,7 +233,7 @@ class UpstreamConnection(asyncio.Protocol):
         if not self.is_open:  # closed between being made and being taken
             call.fail(Fault("connect", "closed as soon as it was open"))
             return
-        request = call.write(self._upstream)
+        request = call.sink.request(self._upstream)
         self._call = call
         self._reused = reused
         self._unanswered = True
