@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from besteffort.fleet import Fleet
+from besteffort.policies import Static
 from besteffort.router.breaker import Breaker
 from besteffort.router.client_connection import ClientConnection
 from besteffort.router.metrics import Metrics
@@ -119,6 +120,31 @@ def test_a_fault_of_ours_in_a_plain_answer_breaks_it_off(
         failing(owner, name)
         with pytest.raises(ConnectionResetError):
             one.ask(_PLAIN)
+        is_whole_again(one, caplog, monkeypatch)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Metrics, "ended"), (ClientConnection, "answer")])
+def test_a_fault_of_ours_in_an_answer_whose_head_came_before_breaks_it_off_too(
+    fleet: Fleet,
+    failing: Callable[[type, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    owner: type,
+    name: str,
+) -> None:
+    with (
+        door(
+            fleet, lambda connection, _: connection.sendall(plain_answer()), limited(max_in_flight=1)
+        ) as one,
+        one.connect() as client,
+    ):
+        one.dispatcher.policy = Static(0, "always")  # on one connection
+        client.sendall(_PLAIN)
+        assert read_response(client)[0].status == 200
+        failing(owner, name)
+        client.sendall(_PLAIN)
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
         is_whole_again(one, caplog, monkeypatch)
 
 

@@ -174,3 +174,21 @@ def test_a_length_that_is_not_that_of_the_rest_is_nothing_known(length: bytes) -
         assert known.body_in(message % str(num_body).encode() + b"b" * num_body) == b"b" * num_body
         assert known.body_in(message % length) is None
         assert known.body_in(message % b"5" + b"b" * 5) == b"b" * 5
+
+
+@pytest.mark.parametrize(
+    ("first_lines", "is_known"),
+    [
+        ("HTTP/1.1 200 OK\r\ncontent-type: application/json", True),
+        ("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8", False),
+        ("HTTP/1.1 404 Not Found", False),
+        ("HTTP/1.1 503 Service Unavailable", False),
+    ],
+)
+def test_only_plain_answers_that_are_no_errors_are_known(first_lines: str, is_known: bool) -> None:
+    reader, answer = ResponseReader(200), f"{first_lines}\r\ncontent-length: 2\r\n\r\nab".encode()
+    reader.expect(Taker())
+    assert reader.known_body(answer) is None
+    reader.feed(answer)
+    reader.expect(Taker())
+    assert (reader.known_body(answer) == b"ab") is is_known

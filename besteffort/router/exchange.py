@@ -16,7 +16,7 @@ from besteffort.router.message import AnswerHead, Request, Responder, date_line,
 from besteffort.router.metrics import Metrics
 from besteffort.router.openai_errors import error_event, error_reply
 from besteffort.router.receipt import Outcome, Receipts, StreamEnd
-from besteffort.router.token_count import PlainCount, StreamCount, TokenCount
+from besteffort.router.token_count import PlainCount, StreamCount, TokenCount, stated_tokens
 from besteffort.router.tries import Tries, ends_try
 from besteffort.router.turnover import Turnover
 from besteffort.router.upstream import Call, Fault, Upstream
@@ -198,8 +198,7 @@ class Exchange:
     def on_answer(self, head: AnswerHead, body: bytes) -> None:
         self._read_head(head)
         lines = self._accept(self._status)
-        if self._tokens is not None:
-            self._tokens.feed(body)
+        self._tokens = PlainCount(total=stated_tokens(body))
         if self._entry is not None:
             self._entry.prompt.feed(body)
         self._last_byte_at = self._proxy.dispatcher.clock()
@@ -277,23 +276,23 @@ class Exchange:
 
     def _begin(self, status: int) -> None:
         """Pass on the head, now that it is this engine's answer; `status` is what that amounts to."""
+        if self._status < 400:
+            self._tokens = StreamCount() if self._streams else PlainCount()
+        if self._streams:  # of a plain answer only the end matters
+            self._first_byte_at = self._last_byte_at = self._proxy.dispatcher.clock()
+            if self._status < 400 and self._asked.streams_receipt:
+                self._stream_end, self._length = StreamEnd(), None
         lines = self._accept(status)
         self._responder.begin(self._status, lines, self._length)
 
     def _accept(self, status: int) -> Sequence[bytes]:
         """Note that it is this engine's answer. Returns its head as the client gets it."""
         proxy, route, asked = self._proxy, self._route, self._asked
-        if self._streams:  # of a plain answer only the end matters
-            self._first_byte_at = self._last_byte_at = proxy.dispatcher.clock()
         if status < 500:
             proxy.health.of(route).answered(status)
         if self._tries is not None:
             self._tries.answered(status)
-        if self._status < 400:
-            self._tokens = StreamCount() if self._streams else PlainCount()
-            self._num_answers = asked.body.num_answers
-            if self._streams and asked.streams_receipt:
-                self._stream_end, self._length = StreamEnd(), None
+        self._num_answers = asked.body.num_answers
         if self._entry is not None:
             self._entry.begin()
         asked.body.let_go()

@@ -46,14 +46,19 @@ class PlainCount(msgspec.Struct):
     def feed(self, data: bytes) -> None:
         if self._tail:
             data = self._tail + data
-        at = data.rfind(_USAGE_KEY)
-        while at >= 0:
-            match = _USAGE.match(data, at)
-            if match is not None:
-                self.total = int(match[1])
-                break
-            at = data.rfind(_USAGE_KEY, 0, at)
+        self.total = stated_tokens(data) or self.total
         self._tail = data[-_OVERLAP:]
+
+
+def stated_tokens(data: bytes) -> int:
+    """What an answer, or a part of it, states last as its usage; 0 if it does not."""
+    at = data.rfind(_USAGE_KEY)
+    while at >= 0:
+        match = _USAGE.match(data, at)
+        if match is not None:
+            return int(match[1])
+        at = data.rfind(_USAGE_KEY, 0, at)
+    return 0
 
 
 class StreamCount:
