@@ -81,7 +81,7 @@ class ResponseReader:
         self._untouched = False
         self._clear()
         self._parse(data)
-        # Of others more than the bytes is looked at, and they are few.
+        # Others may have to go to another replica, or come in parts, and are told of step by step.
         if self.complete and self.reusable and not self._bodiless and self._head.is_plain_success:
             self._num_missed += 1
             if is_to_be_kept(self._num_missed):
