@@ -34,8 +34,14 @@ class _Responder:
         self.messages.put_nowait({"type": "http.response.body", "body": reply.body})
         self.messages.put_nowait(None)
 
-    def begin(self, status: int, headers: Sequence[bytes], length: int | None) -> None:
-        pairs = [tuple(line.split(b": ", 1)) for line in b"".join(headers).split(b"\r\n")[:-1]]
+    def answer(self, head: Sequence[bytes], body: bytes) -> None:
+        self.begin(200, head, len(body))
+        self.write(body)
+        self.end()
+
+    def begin(self, status: int, head: Sequence[bytes], length: int | None) -> None:
+        _, *lines = b"".join(head).split(b"\r\n")[:-1]  # uvicorn writes that of the status itself
+        pairs = [tuple(line.split(b": ", 1)) for line in lines]
         if length is not None:
             pairs.append((b"content-length", b"%d" % length))
         self.messages.put_nowait({"type": "http.response.start", "status": status, "headers": pairs})
