@@ -35,7 +35,7 @@ class _Responder:
         self.messages.put_nowait(None)
 
     def answer(self, head: Sequence[bytes], body: bytes) -> None:
-        self.begin(200, head, len(body))
+        self.begin(int(b"".join(head).split(b" ", 2)[1]), head, len(body))
         self.write(body)
         self.end()
 
