@@ -35,7 +35,7 @@ paper: $(SETUP) ## Run all experiments of the paper in the simulator, and set it
 paper-train: $(SETUP) ## Train the policies of these experiments anew.
 	@$(BIN)/besteffort paper $(PAPER_FLEET) --train
 
-fidelity: $(SETUP) ## Hold the simulator against real vLLM on the tiny fleet: docs/fidelity.md; 50 minutes.
+fidelity: $(SETUP) ## Hold the simulator against real vLLM on the tiny fleet: docs/fidelity.md; 90 minutes.
 	@$(BIN)/besteffort fidelity artifacts/tiny-opt-cpu --docs docs/fidelity.md $(if $(AZURE),--azure $(AZURE))
 
 profile-gpu: $(SETUP) ## Measure the paper's three models together on the NVIDIA GPU that is here.

@@ -343,7 +343,7 @@ def fidelity(
         bool, typer.Option("--short", help="One model alone and two policies: two minutes.")
     ] = False,
 ) -> None:
-    """Hold the simulator against real vLLM, on traces that the profile has not seen; 50 minutes.
+    """Hold the simulator against real vLLM, on traces that the profile has not seen; 90 minutes.
 
     The table is written anew after each part.
 
