@@ -90,6 +90,11 @@ def test_an_answer_without_a_usage_has_no_count() -> None:
     assert total(PlainCount(), [b'{"choices":[]}']) == 0
 
 
+def test_the_last_usage_counts_where_it_is_none_at_all_however_the_answer_is_cut() -> None:
+    parts = [b'{"of":{"completion_tokens":7},', b'"usage":{"completion_tokens":0}}']
+    assert total(PlainCount(), [b"".join(parts)]) == total(PlainCount(), parts) == 0
+
+
 @pytest.mark.parametrize("size", [1000, 100_000])
 def test_an_endless_line_is_not_kept(size: int) -> None:
     count = StreamCount()

@@ -198,7 +198,7 @@ class Exchange:
     def on_answer(self, head: AnswerHead, body: bytes) -> None:
         self._read_head(head)
         lines = self._accept(self._status)
-        self._tokens = PlainCount(total=stated_tokens(body))
+        self._tokens = PlainCount(total=stated_tokens(body) or 0)
         if self._entry is not None:
             self._entry.prompt.feed(body)
         self._last_byte_at = self._proxy.dispatcher.clock()
@@ -292,7 +292,8 @@ class Exchange:
             proxy.health.of(route).answered(status)
         if self._tries is not None:
             self._tries.answered(status)
-        self._num_answers = asked.body.num_answers
+        if self._status < 400:  # to count them takes as long as the body is
+            self._num_answers = asked.body.num_answers
         if self._entry is not None:
             self._entry.begin()
         asked.body.let_go()

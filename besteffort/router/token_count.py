@@ -46,19 +46,21 @@ class PlainCount(msgspec.Struct):
     def feed(self, data: bytes) -> None:
         if self._tail:
             data = self._tail + data
-        self.total = stated_tokens(data) or self.total
+        stated = stated_tokens(data)
+        if stated is not None:
+            self.total = stated
         self._tail = data[-_OVERLAP:]
 
 
-def stated_tokens(data: bytes) -> int:
-    """What an answer, or a part of it, states last as its usage; 0 if it does not."""
+def stated_tokens(data: bytes) -> int | None:
+    """What an answer, or a part of it, states last as its usage."""
     at = data.rfind(_USAGE_KEY)
     while at >= 0:
         match = _USAGE.match(data, at)
         if match is not None:
             return int(match[1])
         at = data.rfind(_USAGE_KEY, 0, at)
-    return 0
+    return None
 
 
 class StreamCount:
